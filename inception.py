@@ -1,8 +1,8 @@
 """The Inception v3 of FID in its pytorch-fid form: images -> 2048 pool3 features.
 
-Unit names are the published file's key names, so that loading is one strict `load_state_dict`. Three things differ from
-torchvision's network of the same name: 1008 classes (the layer is loaded, never applied), average pooling that leaves
-the padding out of the divisor, and a max pool in the last block. Letters: B batch, C channels, H, W height and width.
+Unit names are the published file's key names, so that loading is one strict `load_state_dict`. Three things
+differ from torchvision's network of the same name: 1008 classes (loaded, never applied), average pooling that
+leaves the padding out of the divisor, and a max pool in the last block. Letters: B batch, c channels.
 """
 
 from pathlib import Path
@@ -115,7 +115,7 @@ class D(nn.Module):
 
 
 class E(nn.Module):
-    """Mixed_7b and 7c: (B, c_in, 8, 8) -> (B, 2048, 8, 8); the last block pools by maximum, as the original graph."""
+    """Mixed_7b, 7c: (B, c_in, 8, 8) -> (B, 2048, 8, 8); 7c pools by maximum, as in the original graph."""
 
     def __init__(self, c_in: int, maximum: bool = False):
         super().__init__()
@@ -174,7 +174,7 @@ class Inception(nn.Module):
 def load_inception(path: str | Path) -> Inception:
     """The network with the weights of pytorch-fid's file, in evaluation mode and frozen.
 
-    Raises FileNotFoundError when the file is missing, ValueError when its keys or shapes are another network's.
+    Raises FileNotFoundError when there is no file, ValueError when its keys or shapes are another network's.
     """
     path = Path(path)
     if not path.is_file():
