@@ -22,7 +22,9 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com"):
-            raise ValueError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself")
+            raise ValueError(
+                f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself"
+            )
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:

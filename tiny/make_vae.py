@@ -90,7 +90,10 @@ def main() -> None:
     vae = vae.eval().half().float()  # as it is stored
     psnr, std = evaluate(vae, args.seed + 1, 1024, args.device)
     config = replace(TINY, scale=1 / std)
-    state.write(args.output / "diffusion_pytorch_model.safetensors", {k: t.half() for k, t in vae.state_dict().items()})
+    state.write(
+        args.output / "diffusion_pytorch_model.safetensors",
+        {k: t.half() for k, t in vae.state_dict().items()},
+    )
     state.write_text(args.output / "config.json", json.dumps(config.to_dict() | {"sample_size": 64}, indent=1) + "\n")
     print(f"PSNR on 1,024 fresh compositions {psnr:.2f} dB -> {args.output}")
 

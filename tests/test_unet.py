@@ -1,0 +1,98 @@
+import json
+
+import pytest
+import torch
+from recipe import GOLDEN, filled, golden, golden_config, rnd
+
+from unet import SD15, SDXL, TINY, UNet, UNetConfig
+
+MINIS = ["unet_sd15_mini", "unet_sdxl_mini"]
+
+
+def mini(name: str) -> tuple[UNet, dict, dict]:
+    """A mini UNet, its golden tensors and its golden inputs."""
+    g, _ = golden(name)
+    inputs = {"timesteps": g["timestep"], "context": g["context"]}
+    if "text_embeds" in g:
+        inputs |= {"pooled": g["text_embeds"], "time_ids": g["time_ids"]}
+    return filled(UNet(UNetConfig.from_dict(golden_config(name)))), g, inputs
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_output_and_input_gradient_equal_diffusers(name):
+    unet, g, inputs = mini(name)
+    x = g["sample"].requires_grad_()
+    output = unet(x, **inputs)
+    output.square().mean().backward()
+    assert (output - g["output"]).abs().max() <= 1e-5
+    assert (x.grad - g["grad_sample_of_mean_square"]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("config", "layout"), [(SD15, "sd15_unet"), (SDXL, "sdxl_unet")])
+def test_full_size_keys_and_shapes_are_the_published_ones(config, layout):
+    with torch.device("meta"):
+        state = UNet(config).state_dict()
+    published = json.loads((GOLDEN / "keys_diffusers_layout.json").read_text())[layout]
+    assert {key: list(t.shape) for key, t in state.items()} == published
+
+
+@pytest.mark.parametrize("config", [SD15, SDXL, TINY])
+def test_config_survives_its_json(config):
+    assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_published_config_is_the_constant():
+    published = {
+        "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "cross_attention_dim": 768,
+    }
+    published |= {"down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "sample_size": 64}
+    assert UNetConfig.from_dict(published) == SD15
+
+
+def test_config_of_another_network_is_refused():
+    with pytest.raises(ValueError, match="resnet_time_scale_shift"):
+        UNetConfig.from_dict(SD15.to_dict() | {"resnet_time_scale_shift": "scale_shift"})
+
+
+def test_scalar_timestep_is_the_same_one_for_all():
+    unet, g, inputs = mini("unet_sd15_mini")
+    inputs["timesteps"] = 7
+    with torch.no_grad():
+        scalar = unet(g["sample"], **inputs)
+        inputs["timesteps"] = torch.tensor([7, 7])
+        assert torch.equal(scalar, unet(g["sample"], **inputs))
+
+
+@pytest.mark.parametrize(("batch", "H", "W"), [(1, 8, 24), (3, 16, 8)])
+def test_odd_batches_and_non_square_latents_work(batch, H, W):
+    unet, _, _ = mini("unet_sd15_mini")
+    x, context = rnd("x", batch, 4, H, W), rnd("context", batch, 5, 48)
+    with torch.no_grad():
+        whole = unet(x, 500, context)
+        alone = unet(x[:1], 500, context[:1])
+    assert whole.shape == x.shape
+    assert (whole[:1] - alone).abs().max() <= 1e-5
+
+
+def test_sides_that_cannot_be_halved_are_named():
+    unet, _, _ = mini("unet_sd15_mini")
+    with pytest.raises(ValueError, match="multiples of 8, got 12x16"):
+        unet(rnd("x", 1, 4, 12, 16), 1, rnd("context", 1, 5, 48))
+
+
+def test_sdxl_without_its_sizes_says_so():
+    unet, g, _ = mini("unet_sdxl_mini")
+    with pytest.raises(ValueError, match="time_ids"):
+        unet(g["sample"], 1, g["context"])
+
+
+def test_checkpointing_changes_no_gradient():
+    unet, g, inputs = mini("unet_sdxl_mini")
+    gradients = []
+    for unet.checkpointing in (False, True):
+        unet.zero_grad()
+        unet(g["sample"], **inputs).square().mean().backward()
+        gradients.append(unet.conv_in.weight.grad.clone())
+    assert torch.allclose(*gradients, atol=1e-7)

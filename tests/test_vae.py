@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+from recipe import GOLDEN, filled, golden, golden_config, rnd
+
+from vae import SD15, SDXL, TINY, VAE, VAEConfig
+
+
+@pytest.fixture
+def mini() -> VAE:
+    return filled(VAE(VAEConfig.from_dict(golden_config("vae_mini"))))
+
+
+def test_posterior_and_decoded_image_equal_diffusers(mini):
+    g, _ = golden("vae_mini")
+    with torch.no_grad():
+        mean, logvar = mini.encode(g["image"])
+        decoded = mini.decode(g["latent"] * mini.config.scale)
+    assert (mean - g["mean"]).abs().max() <= 1e-5
+    assert (logvar - g["logvar"]).abs().max() <= 1e-5
+    assert (decoded - g["decoded"]).abs().max() <= 1e-5
+
+
+def test_full_size_keys_and_shapes_are_the_published_ones():
+    with torch.device("meta"):
+        state = VAE(SD15).state_dict()
+    published = json.loads((GOLDEN / "keys_diffusers_layout.json").read_text())["vae"]
+    assert {key: list(t.shape) for key, t in state.items()} == published
+
+
+@pytest.mark.parametrize("config", [SD15, SDXL, TINY])
+def test_config_survives_its_json(config):
+    assert VAEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_shifted_latent_space_is_refused():
+    with pytest.raises(ValueError, match="shift_factor"):
+        VAEConfig.from_dict(SD15.to_dict() | {"shift_factor": 0.1})
+
+
+def test_sampled_latents_follow_the_scaled_posterior(mini):
+    x = rnd("image", 1, 3, 16, 16).clamp(-1, 1).expand(2000, -1, -1, -1)
+    with torch.no_grad():
+        mean, logvar = mini.encode(x[:1])
+        latents = torch.cat(
+            [mini.sample(part, torch.Generator().manual_seed(i)) for i, part in enumerate(x.split(500))]
+        )
+    scale = mini.config.scale
+    assert torch.allclose(latents.mean(0), mean[0] * scale, atol=0.1 * scale)
+    assert torch.allclose(latents.std(0), (0.5 * logvar[0]).exp() * scale, rtol=0.1)
+
+
+def test_sides_that_are_no_multiple_of_the_factor_are_named(mini):
+    with pytest.raises(ValueError, match="multiples of 8, got 64x60"):
+        mini.encode(torch.zeros(1, 3, 64, 60))
+
+
+def test_checkpointing_changes_no_gradient(mini):
+    z, gradients = rnd("z", 1, 4, 8, 8).requires_grad_(), []
+    for mini.decoder.checkpointing in (False, True):
+        (gradient,) = torch.autograd.grad(mini.decode(z).square().mean(), z)
+        gradients.append(gradient)
+    assert torch.allclose(*gradients, atol=1e-7)

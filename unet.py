@@ -1,0 +1,370 @@
+"""The noise predictor of Stable Diffusion: SD1.5, SDXL and the tiny base from one class.
+
+Follows UNet2DConditionModel of the published checkpoints, in their key names (diffusers layout), so that loading is
+`load_state_dict(strict=True)`. B batch, C channels, H, W sides, L = HW tokens, S text tokens, D width of the text states.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a UNet. A transformer depth of 0 says that a level has no attention."""
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    depths: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block, a level each
+    mid_depth: int = 1
+    layers: int = 2  # residual blocks a level on the way down; one more on the way up
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    context: int = 768  # width of the text states
+    latent_channels: int = 4
+    groups: int = 32
+    linear_projection: bool = False  # around the transformers: linear layers (SDXL) or 1x1 convolutions (SD1.5)
+    pooled: int = 0  # width of the pooled text and the size embeddings together; 0 for none
+    size_embedding: int = 256  # width of the embedding of one number of `time_ids`
+    sample_size: int = 64  # side of the latents it was trained on
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "UNetConfig":
+        """From a diffusers `config.json`. Raises ValueError for settings that this class does not build."""
+        _refuse_unknown(config)
+        channels = tuple(config["block_out_channels"])
+        per_level = config.get("transformer_layers_per_block", 1)
+        per_level = per_level if isinstance(per_level, list) else [per_level] * len(channels)
+        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        attends = [kind.startswith("CrossAttn") for kind in config["down_block_types"]]
+        return cls(
+            channels,
+            tuple(depth if there else 0 for depth, there in zip(per_level, attends, strict=True)),
+            per_level[-1],
+            config.get("layers_per_block", 2),
+            tuple(heads) if isinstance(heads, list) else (heads,) * len(channels),
+            config.get("cross_attention_dim", 1280),
+            config.get("in_channels", 4),
+            config.get("norm_num_groups", 32),
+            config.get("use_linear_projection", False),
+            config.get("projection_class_embeddings_input_dim") or 0,
+            config.get("addition_time_embed_dim") or 256,
+            config.get("sample_size") or 64,
+        )
+
+    def to_dict(self) -> dict:
+        """As a diffusers `config.json`."""
+        down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in self.depths]
+        up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(self.depths)]
+        config = {
+            "_class_name": "UNet2DConditionModel",
+            "act_fn": "silu",
+            "attention_head_dim": list(self.heads),  # the library's name for the number of heads
+            "block_out_channels": list(self.channels),
+            "cross_attention_dim": self.context,
+            "down_block_types": down,
+            "up_block_types": up,
+            "in_channels": self.latent_channels,
+            "out_channels": self.latent_channels,
+            "layers_per_block": self.layers,
+            "norm_num_groups": self.groups,
+            "sample_size": self.sample_size,
+            "transformer_layers_per_block": [*(d or 1 for d in self.depths[:-1]), self.mid_depth],
+            "use_linear_projection": self.linear_projection,
+        }
+        if self.pooled:
+            config |= {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": self.size_embedding,
+                "projection_class_embeddings_input_dim": self.pooled,
+            }
+        return config
+
+
+def _refuse_unknown(config: dict) -> None:
+    """Settings of other published UNets that change the network and are not built here."""
+    built = {
+        "act_fn": ("silu",),
+        "resnet_time_scale_shift": ("default",),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "addition_embed_type": (None, "text_time"),
+        "class_embed_type": (None,),
+        "encoder_hid_dim": (None,),
+        "time_cond_proj_dim": (None,),
+        "only_cross_attention": (False,),
+        "dual_cross_attention": (False,),
+    }
+    for key, allowed in built.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"unet config: {key} = {config[key]} is not supported; SD1.5 and SDXL are")
+
+
+SD15 = UNetConfig()
+SDXL = UNetConfig(
+    channels=(320, 640, 1280),
+    depths=(0, 2, 10),
+    mid_depth=10,
+    heads=(5, 10, 20),
+    context=2048,
+    linear_projection=True,
+    pooled=2816,
+    sample_size=128,
+)
+TINY = UNetConfig(
+    channels=(96, 160, 192),
+    depths=(1, 1, 0),
+    layers=1,
+    heads=(4, 4, 4),
+    context=128,
+    latent_channels=16,
+    sample_size=8,
+)
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """Numbers (B,) -> embedding (B, width): cosines, then sines, of wavelengths from 2 pi to 20,000 pi."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Embedding(nn.Module):
+    """Two linear layers, on top of a sinusoid."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(c_in, c_out)
+        self.linear_2 = nn.Linear(c_out, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, c_emb: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(c_emb, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Attention of tokens x (B, L, C) to context (B, S, D), or to themselves."""
+
+    def __init__(self, c: int, c_context: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(c, c, bias=False)
+        self.to_k = nn.Linear(c_context, c, bias=False)
+        self.to_v = nn.Linear(c_context, c, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        B, L, C = x.shape
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (t.view(B, -1, self.heads, C // self.heads).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, c)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](h.transpose(1, 2).reshape(B, L, C))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, c: int, c_out: int):
+        super().__init__()
+        self.proj = nn.Linear(c, 2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])  # 1 is a dropout of 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, c: int, c_context: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c)
+        self.attn1 = Attention(c, c, heads)
+        self.norm2 = nn.LayerNorm(c)
+        self.attn2 = Attention(c, c_context, heads)
+        self.norm3 = nn.LayerNorm(c)
+        self.ff = FeedForward(c)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, c: int, depth: int, heads: int, config: UNetConfig):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, c) if config.linear_projection else nn.Conv2d(c, c, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(c, config.context, heads) for _ in range(depth)])
+        self.proj_out = nn.Linear(c, c) if config.linear_projection else nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, L, C)
+        h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)  # a 1x1 convolution is a linear layer
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + h.transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by a transformer where the depth is not 0."""
+
+    def __init__(self, c_ins: list[int], c: int, depth: int, heads: int, c_emb: int, config: UNetConfig):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c_in, c, c_emb, config.groups) for c_in in c_ins])
+        self.attentions = nn.ModuleList([Transformer(c, depth, heads, config) for _ in c_ins if depth])
+
+    def cell(self, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        """The i-th residual block and its transformer."""
+        x = self.resnets[i](x, emb)
+        return self.attentions[i](x, context) if self.attentions else x
+
+
+class Down(Level):
+    def __init__(self, c_in: int, c: int, depth: int, heads: int, c_emb: int, config: UNetConfig, downsample: bool):
+        super().__init__([c_in] + [c] * (config.layers - 1), c, depth, heads, c_emb, config)
+        self.downsamplers = nn.ModuleList([Downsample(c)] * downsample)
+
+
+class Mid(Level):
+    def __init__(self, c: int, depth: int, heads: int, c_emb: int, config: UNetConfig):
+        super().__init__([c], c, depth, heads, c_emb, config)
+        self.resnets.append(ResnetBlock(c, c, c_emb, config.groups))
+
+
+class Up(Level):
+    def __init__(
+        self, c_ins: list[int], c: int, depth: int, heads: int, c_emb: int, config: UNetConfig, upsample: bool
+    ):
+        super().__init__(c_ins, c, depth, heads, c_emb, config)
+        self.upsamplers = nn.ModuleList([Upsample(c)] * upsample)
+
+
+class UNet(nn.Module):
+    """Predicts the noise in latents. `checkpointing = True` recomputes each cell in the backward pass."""
+
+    def __init__(self, config: UNetConfig = SD15):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        c, depths, heads, last = config.channels, config.depths, config.heads, len(config.channels) - 1
+        c_emb = 4 * c[0]
+        self.conv_in = nn.Conv2d(config.latent_channels, c[0], 3, padding=1)
+        self.time_embedding = Embedding(c[0], c_emb)
+        if config.pooled:
+            self.add_embedding = Embedding(config.pooled, c_emb)
+
+        skips = [c[0]]  # channels of what the way down leaves for the way up
+        self.down_blocks = nn.ModuleList()
+        for i in range(len(c)):
+            self.down_blocks.append(Down(c[max(i - 1, 0)], c[i], depths[i], heads[i], c_emb, config, i < last))
+            skips += [c[i]] * (config.layers + (i < last))
+        self.mid_block = Mid(c[-1], config.mid_depth, heads[-1], c_emb, config)
+        self.up_blocks = nn.ModuleList()
+        width = c[-1]
+        for i in reversed(range(len(c))):
+            c_ins = [(width if j == 0 else c[i]) + skips.pop() for j in range(config.layers + 1)]
+            self.up_blocks.append(Up(c_ins, c[i], depths[i], heads[i], c_emb, config, i > 0))
+            width = c[i]
+        self.conv_norm_out = nn.GroupNorm(config.groups, c[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(c[0], config.latent_channels, 3, padding=1)
+
+    def embed(self, t: Tensor, pooled: Tensor | None, time_ids: Tensor | None) -> Tensor:
+        """Timesteps (B,), and for SDXL pooled text (B, P) and sizes (B, 6), -> embedding (B, 4 C)."""
+        emb = self.time_embedding(sinusoid(t, self.config.channels[0]))
+        if self.config.pooled:
+            if pooled is None or time_ids is None:
+                raise ValueError("this UNet is an SDXL one: it needs `pooled` text and `time_ids`")
+            sizes = sinusoid(time_ids.flatten(), self.config.size_embedding).view(len(t), -1)  # (B, 6 * 256)
+            emb = emb + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], dim=-1))
+        return emb
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor | int,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the noise in noised latents.
+
+        latents (B, C, H, W); timesteps a scalar or (B,), in 0..999; context (B, S, D); SDXL also takes pooled (B, 1280)
+        and time_ids (B, 6). Returns (B, C, H, W). Raises ValueError when a side cannot be halved at every level.
+        """
+        B, _, H, W = latents.shape
+        multiple = 2 ** (len(self.config.channels) - 1)
+        if H % multiple or W % multiple:
+            raise ValueError(f"latent sides must be multiples of {multiple}, got {H}x{W}")
+        emb = self.embed(torch.as_tensor(timesteps, device=latents.device).expand(B), pooled, time_ids)
+        cell = self._recomputed if self.checkpointing and torch.is_grad_enabled() else Level.cell
+
+        x = self.conv_in(latents)
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = cell(level, i, x, emb, context)
+                skips.append(x)
+            for down in level.downsamplers:
+                x = down(x)
+                skips.append(x)
+
+        x = cell(self.mid_block, 0, x, emb, context)
+        x = self.mid_block.resnets[1](x, emb)
+
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = cell(level, i, torch.cat([x, skips.pop()], dim=1), emb, context)
+            for up in level.upsamplers:
+                x = up(x)
+
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    @staticmethod
+    def _recomputed(*args) -> Tensor:
+        return checkpoint(Level.cell, *args, use_reentrant=False)
