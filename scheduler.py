@@ -17,7 +17,7 @@ Predictor = Callable[[Tensor, int], Tensor]  # (x_t, t) -> eps
 
 
 class Scheduler:
-    """Coefficients of a sampler with `steps` steps. Raises ValueError for steps outside 1..999 or eta outside [0, 1]."""
+    """Coefficients of a sampler of `steps` steps. Raises ValueError for steps outside 1..999 or eta outside [0, 1]."""
 
     def __init__(self, steps: int = 40, eta: float = 1.0):
         if not 1 <= steps < TRAIN_STEPS:

@@ -1,7 +1,7 @@
 """The noise predictor of Stable Diffusion: SD1.5, SDXL and the tiny base from one class.
 
 Follows UNet2DConditionModel of the published checkpoints, in their key names (diffusers layout), so that loading is
-`load_state_dict(strict=True)`. B batch, C channels, H, W sides, L = HW tokens, S text tokens, D width of the text states.
+`load_state_dict(strict=True)`. B batch, C channels, H, W sides, L = HW tokens, S text tokens, D their width.
 """
 
 import math

@@ -25,14 +25,15 @@ STYLES = {  # style -> package, licence
 # As "name in the captions = Unicode name / Fluent file", the latter two only where they differ from the first.
 CONCEPTS = """
 octopus; tiger = tiger face; cat = cat face; dog = dog face; pig = pig face; mouse = mouse face; cow = cow face;
-rabbit = rabbit face; monkey = monkey face; fox = fox face / fox; panda = panda face / panda; frog = frog face / frog;
-bear = bear face / bear; lion = lion face / lion; koala; penguin; chick = front-facing baby chick; owl;
-ladybug = lady beetle; bee = honeybee; butterfly; turtle; snail; whale = spouting whale; tropical fish; crab; unicorn = unicorn face / unicorn;
-red apple; green apple; banana; strawberry; cherries; watermelon; pineapple; lemon; tangerine; grapes; peach; carrot;
-broccoli; hamburger; pizza = slice of pizza / pizza; doughnut; ice cream = soft ice cream; lollipop; french fries;
-cactus; tulip; sunflower; palm tree; clover = four leaf clover; maple leaf; mushroom;
-balloon; soccer ball; rocket; car = automobile; star = white medium star / star; heart = heavy black heart / red heart; pumpkin = jack-o-lantern;
-christmas tree; ghost; gem = gem stone; cool face = smiling face with sunglasses
+rabbit = rabbit face; monkey = monkey face; fox = fox face / fox; panda = panda face / panda; frog = frog face /
+frog; bear = bear face / bear; lion = lion face / lion; koala; penguin; chick = front-facing baby chick; owl;
+ladybug = lady beetle; bee = honeybee; butterfly; turtle; snail; whale = spouting whale; tropical fish; crab;
+unicorn = unicorn face / unicorn; red apple; green apple; banana; strawberry; cherries; watermelon; pineapple;
+lemon; tangerine; grapes; peach; carrot; broccoli; hamburger; pizza = slice of pizza / pizza; doughnut; ice
+cream = soft ice cream; lollipop; french fries; cactus; tulip; sunflower; palm tree; clover = four leaf clover;
+maple leaf; mushroom; balloon; soccer ball; rocket; car = automobile; star = white medium star / star; heart =
+heavy black heart / red heart; pumpkin = jack-o-lantern; christmas tree; ghost; gem = gem stone; cool face =
+smiling face with sunglasses
 """
 
 

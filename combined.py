@@ -1,0 +1,66 @@
+"""Combined generation (Section 4.1 of the paper): the base model takes the early steps, the tuned one the late ones.
+
+Both this and the AIG baseline are one thing: at step i the noise is (1 - w_i) eps_base + w_i eps_tuned. They differ in
+the weights. A predictor is `(x_t, t) -> eps`; `plain` and `guided` make one from a UNet and its conditioning.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scheduler import Generators, Predictor, Scheduler, denoise
+
+
+def switch_weights(steps: int, switch: int) -> list[float]:
+    """Eq. (3): the base model alone in the first `switch` steps, the tuned one alone in the rest (T' = steps - switch).
+
+    Raises ValueError unless 0 <= switch <= steps.
+    """
+    if not 0 <= switch <= steps:
+        raise ValueError(f"switch must be in 0..{steps} (the number of steps), got {switch}")
+    return [0.0 if i < switch else 1.0 for i in range(steps)]  # Eq. (3)
+
+
+def aig_weights(steps: int, power: float = 1.0) -> list[float]:
+    """Annealed importance guidance (Jena et al. 2024): w_i = (i / T)^p, from the base model towards the tuned one."""
+    return [(i / steps) ** power for i in range(steps)]
+
+
+def plain(unet, conditioning: dict[str, Tensor]) -> Predictor:
+    """A predictor without guidance."""
+    return lambda x_t, t: unet(x_t, t, **conditioning)
+
+
+def guided(unet, conditioning: dict[str, Tensor], empty: dict[str, Tensor], guidance: float) -> Predictor:
+    """A predictor with classifier-free guidance; both halves go through the network as one batch."""
+    if guidance == 1:
+        return plain(unet, conditioning)
+    both = {key: torch.cat([empty[key], conditioning[key]]) for key in conditioning}
+
+    def predict(x_t: Tensor, t: int) -> Tensor:
+        eps_empty, eps_text = unet(torch.cat([x_t, x_t]), t, **both).chunk(2)
+        return eps_empty + guidance * (eps_text - eps_empty)
+
+    return predict
+
+
+def mix(base: Predictor, tuned: Predictor, w: float) -> Predictor:
+    """(1 - w) eps_base + w eps_tuned; with w = 0 or 1 only one of the two networks runs."""
+    if w in (0, 1):
+        return tuned if w else base
+    return lambda x_t, t: (1 - w) * base(x_t, t) + w * tuned(x_t, t)
+
+
+def combine(
+    scheduler: Scheduler,
+    base: Predictor,
+    tuned: Predictor,
+    weights: Sequence[float],
+    x_t: Tensor,
+    generator: Generators = None,
+) -> Tensor:
+    """Noise (B, C, H, W) -> latents: every step with its own mix of the two predictors."""
+    for i in scheduler.steps:
+        x_t = denoise(scheduler, mix(base, tuned, weights[i]), x_t, [i], generator)
+    return x_t

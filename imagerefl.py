@@ -1,0 +1,54 @@
+"""ImageReFL (Section 4.2 of the paper): reward tuning that starts from real images, so that diversity survives.
+
+A real image noised to step t' is denoised without gradients to a step t_f, then one step with gradients, as in ReFL; a
+diffusion loss on the same noised image keeps the model a denoiser. Every fourth update is one of ReFL.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from combined import plain
+from refl import draw_step, reward_loss
+from scheduler import Scheduler, denoise, randn
+
+REFL_EVERY = 4  # three updates of ImageReFL, then one of ReFL
+
+
+def is_refl_update(update: int) -> bool:
+    """Whether update 0, 1, 2, ... is one of ReFL: the fourth, the eighth, ..."""
+    return update % REFL_EVERY == REFL_EVERY - 1
+
+
+def diffusion_loss(unet, x_t: Tensor, t: Tensor | int, eps: Tensor, conditioning: dict) -> Tensor:
+    """Eq. (1): mean squared error of the predicted noise, a value an image (B,)."""
+    return F.mse_loss(unet(x_t, t, **conditioning).float(), eps.float(), reduction="none").mean((1, 2, 3))  # Eq. (1)
+
+
+def imagerefl_loss(
+    unet,
+    vae,
+    reward,
+    scheduler: Scheduler,
+    x0: Tensor,
+    start: int,
+    conditioning: dict,
+    prompts: list[str],
+    generator: torch.Generator,
+    reward_scale: float = 1.0,
+    diffusion_scale: float = 0.01,
+) -> tuple[Tensor, dict]:
+    """Eqs. (4) and (5) for latents x0 (B, C, H, W) of real images: returns the loss and what to log.
+
+    `start`: the step index of t', which the noised images stand at (30 of 40 for SD1.5, 35 for SDXL).
+    """
+    t = scheduler.timesteps[start]
+    eps = randn(x0.shape, generator, x0)
+    x_start = scheduler.add_noise(x0, eps, t)
+    t_f = draw_step(start, scheduler, generator)
+    with torch.no_grad():
+        x_t = denoise(scheduler, plain(unet, conditioning), x_start, scheduler.steps[start:t_f], generator)
+    loss, log = reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts)  # Eq. (4)
+    diffusion = diffusion_loss(unet, x_start, t, eps, conditioning).mean()
+    loss = reward_scale * loss + diffusion_scale * diffusion  # Eq. (5)
+    return loss, log | {"diffusion": diffusion.detach()}

@@ -1,0 +1,47 @@
+"""ReFL, reward feedback learning (Section 3.2 of the paper): backpropagate a reward through one late denoising step.
+
+From pure noise, denoise without gradients to a step t_f drawn from the last ten, take that step with gradients, decode
+the predicted x0, and climb the reward.
+"""
+
+import torch
+from torch import Tensor
+
+from combined import plain
+from scheduler import Scheduler, denoise, randn
+
+LAST = 10  # t_f is drawn from the last ten steps
+
+
+def draw_step(first: int, scheduler: Scheduler, generator: torch.Generator) -> int:
+    """A step index t_f, uniform over first, ..., T - 1."""
+    return int(torch.randint(first, len(scheduler.steps), (), generator=generator))
+
+
+def reward_loss(
+    unet, vae, reward, scheduler: Scheduler, x_t: Tensor, i: int, conditioning: dict, prompts: list[str]
+) -> tuple[Tensor, dict]:
+    """The reward of the image that step i predicts from x_t, as a loss. The one UNet call here carries gradients."""
+    t = scheduler.timesteps[i]
+    eps = unet(x_t, t, **conditioning)
+    x0 = scheduler.predict_x0(x_t, eps, t)
+    r = reward(vae.decode(x0), prompts)  # (B,)
+    return -r.mean(), {"reward": r.detach().mean()}  # Eq. (2)
+
+
+def refl_loss(
+    unet,
+    vae,
+    reward,
+    scheduler: Scheduler,
+    shape: tuple[int, ...],
+    conditioning: dict,
+    prompts: list[str],
+    generator: torch.Generator,
+) -> tuple[Tensor, dict]:
+    """Eq. (2) for latents of `shape` (B, C, H, W): returns the loss and what to log."""
+    x_t = randn(shape, generator, conditioning["context"])
+    t_f = draw_step(len(scheduler.steps) - LAST, scheduler, generator)
+    with torch.no_grad():
+        x_t = denoise(scheduler, plain(unet, conditioning), x_t, scheduler.steps[:t_f], generator)
+    return reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts)

@@ -1,0 +1,398 @@
+"""The networks behind `rewards.py`: what happens between an image, a prompt and a number.
+
+HPSv2, PickScore and CLIPScore are a cosine of CLIP features; ImageReward is BLIP with a head; MPS is CLIP
+with a cross model (`mps.py`). Backbones are transformers' (5.x; where 4.x differs a comment says so).
+Each network has `encode_text(ids, mask)`, a tuple of tensors that depend on the prompt alone and are cached,
+and `forward(pixels, *text) -> (B,)`. Shapes: B pairs, S text tokens, L image tokens, D joint width, W others.
+"""
+
+import html
+import re
+import unicodedata
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipTextModel,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+)
+
+from mps import MPS
+
+# ------------------------------------------------------------------------------------------- images -> pixels
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's statistics, which BLIP shares
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+
+
+def unit_range(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> [0, 1], clamped as in the paper's code; float32, as antialiasing knows no other on CPU."""
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def shortest_side(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) with the shorter side at `size`, the longer truncated as torchvision does."""
+    return (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+
+
+def preprocess(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> normalised pixels (B, 3, size, size), differentiable.
+
+    The paper's path for every reward: shortest side to `size` by antialiased bicubic, centre crop, CLIP
+    statistics; equal to torchvision's. Bicubic overshoots [0, 1] by a few percent, which is not clamped.
+    """
+    x = unit_range(images)
+    height, width = shortest_side(*x.shape[-2:], size)
+    x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return normalise(x[..., top : top + size, left : left + size])
+
+
+def preprocess_padded(images: torch.Tensor, size: int) -> torch.Tensor:
+    """HPSv2's own path, differentiable: the longest side to `size`, black borders, CLIP statistics."""
+    x = unit_range(images)
+    scale = size / max(x.shape[-2:])
+    height, width = round(x.shape[-2] * scale), round(x.shape[-1] * scale)
+    x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True)
+    top, left = (size - height) // 2, (size - width) // 2
+    return normalise(F.pad(x, (left, size - width - left, top, size - height - top)))
+
+
+def preprocess_8bit(images: torch.Tensor, size: int) -> torch.Tensor:
+    """The other repositories' own path: as `preprocess`, but 8-bit and with Pillow, so without a gradient."""
+    pixels = []
+    for image in (unit_range(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        height, width = shortest_side(*image.shape[:2], size)
+        resized = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        top, left = round((height - size) / 2), round((width - size) / 2)
+        pixels.append(torch.from_numpy(resized[top : top + size, left : left + size]).permute(2, 0, 1) / 255)
+    return normalise(torch.stack(pixels).to(images.device))
+
+
+# --------------------------------------------------------------------------------------------- prompts -> ids
+
+
+CLEANED = ("hpsv2.1", "hpsv2.0", "clipscore")  # whose tokenizers repair the text first
+
+
+def clean(text: str) -> str:
+    """The repairs that the tokenizers of open_clip and OpenAI's CLIP make before they lower-case.
+
+    HTML entities; UTF-8 that was read as Windows-1252; ligatures and full-width forms; curly quotes; control
+    characters. They concern 1 % of real prompts. The originals use ftfy, which also finds mojibake inside
+    text that is otherwise sound; PickScore and MPS were trained without any of this.
+    """
+    text = html.unescape(html.unescape(text))
+    try:
+        text = b"".join(c.encode("latin-1" if "\x80" <= c <= "\x9f" else "cp1252") for c in text).decode("utf-8")
+    except UnicodeError:
+        pass  # not mojibake
+    text = re.sub("[\u3000\ufb00-\ufb06\uff01-\uffef]", lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = re.sub("[\u02bc\u2018-\u201b]", "'", re.sub("[\u201c-\u201f]", '"', text))
+    return re.sub("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", "", text)
+
+
+def tokenizer(name: str, folder) -> CLIPTokenizer | BertTokenizer:
+    """The tokenizer of a reward from the vocabulary files in `folder`."""
+    if name == "imagereward":
+        return BertTokenizer.from_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    if name in CLEANED:
+        tokenizer.pad_token = "!"  # id 0, as the originals pad; only MPS sees its padding at all
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------------------- networks
+
+
+def clip_vit_h() -> CLIPConfig:
+    """ViT-H-14 of HPSv2, PickScore and MPS, with the exact GELU: the library's default is QuickGELU."""
+    text = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    vision = {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+    }
+    return CLIPConfig(
+        text_config={**text, "hidden_act": "gelu"},
+        vision_config={**vision, "hidden_act": "gelu", "image_size": 224, "patch_size": 14},
+        projection_dim=1024,
+    )
+
+
+def clip_vit_b() -> CLIPConfig:
+    """OpenAI's ViT-B/32, with its QuickGELU: what the library's defaults describe."""
+    return CLIPConfig(text_config={"hidden_act": "quick_gelu"}, vision_config={"hidden_act": "quick_gelu"})
+
+
+def blip_large() -> BlipConfig:
+    """ImageReward: ViT-L/16, and BERT-base with cross-attention. The library's eps and heads differ."""
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    return BlipConfig(
+        vision_config={**vision, "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6},
+        text_config={
+            **text,
+            "encoder_hidden_size": 1024,
+            "vocab_size": 30524,
+            "is_decoder": True,
+            "pad_token_id": 0,
+        },
+    )
+
+
+def run_tower(tower: nn.Module, pixels: torch.Tensor, dtype: torch.dtype):
+    """A vision tower in `dtype` autocast; everything outside of it stays float32."""
+    with torch.autocast(pixels.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return tower(pixel_values=pixels)
+
+
+class Cosine(nn.Module):
+    """cos(image, text) of a CLIP; with `temperature` times exp(logit_scale), as PickScore has it."""
+
+    dtype = torch.float32  # of the vision tower
+
+    def __init__(self, config: CLIPConfig, temperature: bool):
+        super().__init__()
+        self.model, self.temperature = CLIPModel(config), temperature
+        self.config, self.length = config, config.text_config.max_position_embeddings
+
+    def encode_text(self, ids, mask):
+        """-> unit text features (B, D). The first end token is pooled: neither padding nor mask matters."""
+        # In transformers 4.x get_text_features returns the projected feature itself, not an object.
+        return (F.normalize(self.model.get_text_features(ids, mask).pooler_output, dim=-1),)
+
+    def encode_image(self, pixels):
+        """-> image features (B, D), not normalised."""
+        pooled = run_tower(self.model.vision_model, pixels, self.dtype).pooler_output
+        return self.model.visual_projection(pooled.float())  # (B, Wv) -> (B, D)
+
+    def forward(self, pixels, text):
+        cosine = (F.normalize(self.encode_image(pixels), dim=-1) * text).sum(-1)  # (B, D), (B, D) -> (B,)
+        return cosine * self.model.logit_scale.exp() if self.temperature else cosine
+
+
+class ImageReward(nn.Module):
+    """BERT reads the prompt while it looks at the image; a head turns its [CLS] state into the raw score."""
+
+    dtype = torch.float32
+    mean, std = (
+        0.16717362830052426,
+        1.0333394966054072,
+    )  # of the raw score: (raw - mean) / std is the published value
+
+    def __init__(self, config: BlipConfig):
+        super().__init__()
+        self.config, self.length = config, 35
+        self.vision_model = BlipVisionModel(config.vision_config)
+        self.text_model = BlipTextModel(config.text_config, add_pooling_layer=False)
+        sizes = [config.text_config.hidden_size, *getattr(config, "mlp_widths", (1024, 128, 64, 16)), 1]
+        linear = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+        first = [module for layer in linear[:3] for module in (layer, nn.Identity())]  # dropouts stood between them
+        self.mlp = nn.ModuleDict({"layers": nn.Sequential(*first, *linear[3:])})  # no activations: that is published
+
+    def encode_text(self, ids, mask):
+        """-> ids and mask (B, S): the text is read together with the image, so no features can be kept."""
+        return ids, mask
+
+    def forward(self, pixels, ids, mask):
+        image = run_tower(self.vision_model, pixels, self.dtype).last_hidden_state.float()  # (B, L, Wv)
+        # Configured with is_decoder, to own cross-attention, but called without, or the text would be causal.
+        text = self.text_model(ids, mask, encoder_hidden_states=image, is_decoder=False)
+        return self.mlp["layers"](text.last_hidden_state[:, 0]).squeeze(-1)  # (B, S, Wt) -> (B,)
+
+
+def blank(name: str, folder=None) -> nn.Module:
+    """A reward's network on the meta device, of the sizes in `folder`'s config.json or the published ones."""
+    read = BlipConfig if name == "imagereward" else CLIPConfig
+    published = {"imagereward": blip_large, "clipscore": clip_vit_b}.get(name, clip_vit_h)
+    config = read.from_pretrained(folder) if folder else published()
+    with torch.device("meta"):
+        if name == "imagereward":
+            return ImageReward(config)
+        if name == "mps":
+            return MPS(config)
+        return Cosine(config, temperature=name in ("pickscore", "tiny", "tiny2"))
+
+
+# --------------------------------------------------------------------------------- checkpoint -> network keys
+
+
+def rename(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a reward's checkpoint under the names of its network."""
+    if name == "imagereward":
+        return from_imagereward(state)
+    if name == "mps":  # written with the names that it is read with
+        return state
+    state = from_open_clip(state) if "visual.conv1.weight" in state else state
+    return {f"model.{key}": value for key, value in state.items()}
+
+
+def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The names of open_clip and OpenAI's CLIP -> transformers' CLIPModel."""
+    names = {
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.proj": "visual_projection.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "text_projection": "text_projection.weight",
+    }
+    parts = {
+        "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+        "transformer.resblocks.": "text_model.encoder.layers.",
+        "visual.ln_pre.": "vision_model.pre_layrnorm.",  # the library's spelling
+        "visual.ln_post.": "vision_model.post_layernorm.",
+        "ln_final.": "text_model.final_layer_norm.",
+        ".ln_1.": ".layer_norm1.",
+        ".ln_2.": ".layer_norm2.",
+        ".mlp.c_fc.": ".mlp.fc1.",
+        ".mlp.c_proj.": ".mlp.fc2.",
+        ".attn.": ".self_attn.",
+    }
+    out = {}
+    for old, value in state.items():
+        key = names.get(old, old)
+        for part, new in parts.items():
+            key = key.replace(part, new)
+        if ".in_proj_" in key:
+            for letter, third in zip("qkv", value.chunk(3), strict=True):
+                out[key.replace("in_proj_", f"{letter}_proj.")] = third
+        else:  # the two projections are stored for x @ W; the text's is square, so no shape would tell
+            out[key] = value.T if key in ("visual_projection.weight", "text_projection.weight") else value
+    return out
+
+
+def from_imagereward(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """ImageReward's names -> transformers' BLIP; two projections that the score never uses are left out."""
+    names = {
+        "blip.text_encoder.": "text_model.",
+        "blip.visual_encoder.": "vision_model.",
+        ".cls_token": ".embeddings.class_embedding",
+        ".pos_embed": ".embeddings.position_embedding",
+        ".patch_embed.proj.": ".embeddings.patch_embedding.",
+        "vision_model.blocks.": "vision_model.encoder.layers.",
+        ".norm1.": ".layer_norm1.",
+        ".norm2.": ".layer_norm2.",
+        ".attn.qkv.": ".self_attn.qkv.",
+        ".attn.proj.": ".self_attn.projection.",
+        "vision_model.norm.": "vision_model.post_layernorm.",
+    }
+    out = {}
+    for key, value in state.items():
+        if not key.startswith(("blip.vision_proj.", "blip.text_proj.")):
+            for old, new in names.items():
+                key = key.replace(old, new)
+            out[key] = value
+    return out
+
+
+def fill(network: nn.Module, state: dict[str, torch.Tensor], origin: str) -> nn.Module:
+    """Puts `state` into a network on the meta device: every key accounted for, float32, frozen, eval mode.
+
+    Raises ValueError naming `origin` and the first missing, unexpected or misshaped key.
+    """
+    state = {key: value.float() for key, value in state.items() if not key.endswith("position_ids")}
+    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    missing, unexpected = sorted(wanted.keys() - state), sorted(state.keys() - wanted)
+    if missing or unexpected:
+        what = [
+            f"{len(keys)} keys {word}, as {keys[0]}"
+            for word, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        ]
+        raise ValueError(f"{origin}: not this reward's checkpoint: {'; '.join(what)}")
+    for key, shape in wanted.items():
+        if tuple(state[key].shape) != shape:
+            raise ValueError(f"{origin}: {key} is {tuple(state[key].shape)}, expected {shape}")
+    network.load_state_dict(state, assign=True)
+    for module in network.modules():
+        if hasattr(module, "position_ids"):  # not in the file, and still without values
+            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+    return network.requires_grad_(False).eval()
+
+
+# ----------------------------------------------------------------------------------------------------- reward
+
+
+class Reward:
+    """`reward(images, prompts) -> (B,)`: the raw score; `scaled` is what the loss sees.
+
+    images: float (B, 3, H, W) in [-1, 1], any size, differentiable; prompts: B strings. The network is frozen.
+    Whatever autocast surrounds the call, all but the vision tower is float32, and that too unless `network.dtype`
+    is lower.
+    scale: (offset, factor), this reward's line of `rewards.SCALE`. `prepare` turns images into pixels.
+    """
+
+    kept = 1024  # prompts whose text features are remembered
+
+    def __init__(self, name: str, network: nn.Module, tokenizer, scale: tuple[float, float]):
+        self.name, self.network, self.tokenizer = name, network, tokenizer
+        self.offset, self.factor = scale
+        self.size, self.prepare, self.cache = network.config.vision_config.image_size, preprocess, {}
+        entries = network.config.text_config.vocab_size
+        if not 0 <= entries - len(tokenizer) <= 2:  # ImageReward has two tokens more, which no prompt contains
+            raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} entries, the checkpoint {entries}")
+        if name != "imagereward":  # published configs say 2, a value the library treats in a way of its own
+            network.model.text_model.eos_token_id = tokenizer.eos_token_id
+        if name == "mps":
+            network.condition_ids = self.ids([network.condition])[0]
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"{self.name}: images must be (B, 3, H, W), not {tuple(images.shape)}")
+        if isinstance(prompts, str) or len(prompts) != len(images):
+            raise ValueError(f"{self.name}: one prompt an image, in a list; got {prompts!r:.60} for {len(images)}")
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network(self.prepare(images, self.size), *self.text(prompts, images.device))
+
+    def rescale(self, raw: torch.Tensor) -> torch.Tensor:
+        return (raw + self.offset) * self.factor
+
+    def scaled(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """(B,): the score brought to about [0, 1]."""
+        return self.rescale(self(images, prompts))
+
+    def ids(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask (B, S); a prompt that is too long loses its tail but keeps the end token."""
+        repaired = [clean(prompt) for prompt in prompts] if self.name in CLEANED else prompts
+        length = {"padding": "max_length", "truncation": True, "max_length": self.network.length}
+        out = self.tokenizer(repaired, return_tensors="pt", **length)
+        return out.input_ids, out.attention_mask
+
+    def text(self, prompts: list[str], device) -> list[torch.Tensor]:
+        """What the network keeps of each prompt, stacked over the batch; computed once, without gradient."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
+        if new:
+            # inference_mode(False): what an evaluation puts into the cache must still serve a training step
+            with torch.inference_mode(False), torch.no_grad():
+                columns = self.network.encode_text(*(x.to(device) for x in self.ids(new)))
+                self.cache.update({new[i]: [column[i].clone() for column in columns] for i in range(len(new))})
+        rows = [self.cache[prompt] for prompt in prompts]
+        for prompt in list(self.cache)[: -self.kept]:
+            del self.cache[prompt]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]

@@ -1,0 +1,60 @@
+"""Prompts -> the UNet's conditioning, on transformers' CLIP text models. SD1.5 and SDXL differ here only.
+
+SD1.5 and the tiny base: one encoder, its last states. SDXL: two encoders, their penultimate states side by side, the
+second one's pooled text, and the image size. S text tokens, D width of the states.
+"""
+
+import torch
+from torch import Tensor
+
+CACHE = 1024  # prompts whose features are kept
+
+
+class TextEncoder:
+    """Frozen text encoders and their tokenizers. `encoder(prompts, size)` gives the keyword arguments of the UNet.
+
+    A prompt is encoded alone and remembered, so that its features never depend on what it was batched with.
+    """
+
+    def __init__(self, models: list, tokenizers: list):
+        self.models = [model.eval().requires_grad_(False) for model in models]
+        self.tokenizers = tokenizers
+        self.cache: dict[str, dict[str, Tensor]] = {}
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> "TextEncoder":
+        self.models = [model.to(device, dtype) for model in self.models]
+        self.cache.clear()
+        return self
+
+    def __call__(self, prompts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
+        """`size`: height and width in pixels, which only SDXL asks for.
+
+        Returns context (B, S, D), and for SDXL pooled (B, 1280) and time_ids (B, 6), in the encoders' dtype.
+        """
+        features = [self.features(prompt) for prompt in prompts]
+        conditioning = {key: torch.cat([f[key] for f in features]) for key in features[0]}
+        if len(self.models) == 2:
+            H, W = size
+            time_ids = torch.tensor([[H, W, 0, 0, H, W]])  # original size, crop offset, target size
+            conditioning["time_ids"] = time_ids.expand(len(prompts), -1).to(conditioning["context"])
+        return conditioning
+
+    def features(self, prompt: str) -> dict[str, Tensor]:
+        """Of one prompt: context (1, S, D), for SDXL also pooled (1, 1280)."""
+        if prompt not in self.cache:
+            if len(self.cache) >= CACHE:
+                self.cache.pop(next(iter(self.cache)))
+            self.cache[prompt] = self._encode(prompt)
+        return self.cache[prompt]
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        outputs = []
+        for model, tokenizer in zip(self.models, self.tokenizers, strict=True):
+            length = model.config.max_position_embeddings
+            tokens = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            outputs.append(model(tokens.input_ids.to(model.device), output_hidden_states=True))
+        if len(outputs) == 1:
+            return {"context": outputs[0].last_hidden_state}
+        context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {"context": context, "pooled": outputs[1].text_embeds}
