@@ -167,12 +167,8 @@ def tensors(module: Stub, prefix: str = ""):
             yield from tensors(child, f"{prefix}{name}.")
 
 
-KNOWN = (
-    "trainer.",
-    "transformers.",
-    "torch.nn.modules.",
-    "torch._C._nn.",
-)  # packages the pickled classes come from
+# where the classes of an MPS module come from
+KNOWN = ("trainer.", "transformers.", "torch.nn.modules.", "torch._C._nn.")
 
 
 def read_pickled(path: str | Path) -> dict[str, torch.Tensor]:
@@ -180,7 +176,7 @@ def read_pickled(path: str | Path) -> dict[str, torch.Tensor]:
 
     torch's restricted unpickler is told that every class named in the file is an empty one that merely keeps
     its state, so neither the package `trainer` nor transformers 4.27 is needed, nor any trust in the file.
-    Raises ValueError for a file of the old layout, or one that names anything outside the packages in KNOWN.
+    Raises ValueError for a file of the old layout, or one that names anything outside of KNOWN.
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: refused, not a zip checkpoint; get MPS_overall_checkpoint.pth again")

@@ -336,6 +336,14 @@ def fill(network: nn.Module, state: dict[str, torch.Tensor], origin: str) -> nn.
     return network.requires_grad_(False).eval()
 
 
+def lower(network: nn.Module, dtype: torch.dtype) -> None:
+    """Runs the vision tower in `dtype`. Its matrices are kept so: autocast would round them again at every call."""
+    network.dtype = dtype
+    for module in getattr(network, "model", network).vision_model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+
+
 # ----------------------------------------------------------------------------------------------------- reward
 
 

@@ -103,8 +103,9 @@ def missing(name: str, place: str) -> FileNotFoundError:
     if name == "clipscore":
         fetch = f"that github.com/openai/CLIP loads, or the same weights by `hf download {official.repo}`"
     return FileNotFoundError(
-        f"{place}: no checkpoint of {name}; get {official.file} ({official.size}, {sha}) {fetch}, put it "
-        f"into a folder with the tokenizer of {official.vocabulary} and name the folder with --reward-weights"
+        f"{place}: no checkpoint of {name}; get {official.file} ({official.size}, {sha}) {fetch} and the tokenizer of "
+        f"huggingface.co/{official.vocabulary}; put both into one folder and name it with --reward-weights, or leave "
+        f"both in the hub's local cache"
     )
 
 
@@ -201,7 +202,7 @@ def load(name: str, source: str | Path | None = None, device="cpu", dtype=None, 
     models.fill(network, models.rename(name, read_checkpoint(name, path)), str(path))
     reward = models.Reward(name, network.to(device), tokenizer, SCALE[name])
     if dtype is not None:
-        network.dtype = dtype
+        models.lower(network, dtype)
     if original:
         reward.prepare = models.preprocess_padded if name.startswith("hpsv2") else models.preprocess_8bit
     return reward
@@ -282,6 +283,10 @@ def score(args: argparse.Namespace) -> None:
         raise ValueError(f"--prompt was given {len(args.prompt)} times for {len(args.image)} images; give 1 or as many")
     import torch
 
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {args.device}: there is none here; leave it out to use the CPU") from None
     reward = build(args.reward, args.reward_weights, args.device, original=args.original)
     prompts = args.prompt * len(args.image) if len(args.prompt) == 1 else args.prompt
     width = max(len(path) for path in (*args.image, "image"))

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 import warnings
@@ -347,6 +348,18 @@ def test_mps_condition_is_47_tokens(full_vocabularies):
     assert (ids != 49407).sum() == 46
 
 
+@pytest.mark.parametrize(
+    "published", [2, 49407]
+)  # a legacy value that old configs hold, and one not of this vocabulary
+def test_the_end_token_is_the_tokenizers_whatever_the_config_says(published, folders, loaded, tmp_path):
+    shutil.copytree(folders["pickscore"], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = published
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    score = rewards.load("pickscore", tmp_path)(pictures(2), ["red", "a fox"])
+    torch.testing.assert_close(score, loaded["pickscore"](pictures(2), ["red", "a fox"]), rtol=1e-5, atol=1e-5)
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     write_vocabulary(tmp_path)
     with pytest.raises(ValueError, match="514 entries, the checkpoint 49408"):
@@ -457,6 +470,12 @@ def test_bfloat16_touches_the_vision_tower_only(name, folders, loaded):
     (grad,) = torch.autograd.grad(rounded.sum(), images)
     (true,) = torch.autograd.grad(exact.sum(), images)
     assert torch.nn.functional.cosine_similarity(grad.flatten(), true.flatten(), dim=0) > 0.99
+    tower = loaded[name].network
+    try:  # storing matrices in bfloat16 gives what autocast alone gives
+        tower.dtype = torch.bfloat16
+        assert torch.equal(loaded[name](images, prompts), rounded)
+    finally:
+        tower.dtype = torch.float32
     loaded[name].cache.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # around a training step; half-precision images come out of it
         assert torch.equal(loaded[name](images, prompts), exact)
@@ -583,7 +602,7 @@ def test_a_missing_checkpoint_says_what_to_get_and_where_it_goes(name, tmp_path)
 
 
 def test_missing_files_of_other_kinds_are_named(tmp_path, monkeypatch, folders):
-    monkeypatch.setattr(rewards, "cached", lambda repo, *files: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="local hub cache: no checkpoint of mps; .*Kwai-Kolors/MPS"):
         rewards.load("mps")
     monkeypatch.setattr(rewards, "EMBEDDED", tmp_path)
@@ -604,9 +623,12 @@ def test_the_embedded_rewards_are_pickscores(folders, loaded, tmp_path, monkeypa
     torch.testing.assert_close(tiny, pickscore, rtol=1e-5, atol=1e-5)
 
 
-def test_a_file_in_the_hubs_cache_is_found_without_a_path(folders, loaded, monkeypatch):
-    here = {"model.safetensors": folders["pickscore"] / "model.safetensors"}
-    monkeypatch.setattr(rewards, "cached", lambda repo, *files: next((here[f] for f in files if f in here), None))
+def test_files_in_the_hubs_cache_are_found_without_a_path(folders, loaded, tmp_path, monkeypatch):
+    repo = tmp_path / "models--yuvalkirstain--PickScore_v1"
+    shutil.copytree(folders["pickscore"], repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     cached, given = (reward(pictures(1), ["fox"]) for reward in (rewards.load("pickscore"), loaded["pickscore"]))
     torch.testing.assert_close(cached, given, rtol=1e-5, atol=1e-5)
 
@@ -667,6 +689,7 @@ def test_bad_input_to_the_command_is_one_line_and_exit_code_2(folders, picture, 
     for arguments, reason in (
         (["score", "--reward", "nice", "--prompt", "fox", picture], "unknown reward 'nice'"),
         ([*ordinary, "absent.png"], "absent.png: no such image"),
+        ([*ordinary, picture, "--device", "nowhere"], "--device nowhere: there is none here"),
         ([*ordinary, str(text)], "not a readable image"),
         ([*ordinary, "--prompt", "two", picture], "--prompt was given 2 times for 1 images"),
         ([*ordinary[:3], "--prompt", "fox", "--reward-weights", str(tmp_path), picture], "no checkpoint of pickscore"),
