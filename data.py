@@ -4,13 +4,17 @@ A data set is a sequence of (image (3, H, W) in [-1, 1], caption) pairs; item i 
 """
 
 import json
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from pictures import to_tensor
 
 EMOJI = Path(__file__).parent / "tiny" / "data"
 BACKGROUNDS = {  # the eight colours behind an emoji
@@ -23,17 +27,6 @@ BACKGROUNDS = {  # the eight colours behind an emoji
     "dark": (44, 46, 58),
     "orange": (248, 168, 92),
 }
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture -> (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-
-
-def to_images(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1], clamped -> pictures."""
-    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 @dataclass(frozen=True)
@@ -95,3 +88,135 @@ class EmojiSet:
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
         composition = self.describe(i)
         return to_tensor(self.draw(composition)), composition.caption
+
+
+class Pictures:
+    """Captioned picture files. Item i is scaled so that its shorter side fits, then cropped about its centre."""
+
+    def __init__(self, rows: list[tuple[Path, str]], resolution: int):
+        self.rows, self.resolution = rows, resolution
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
+        """Raises OSError when the file does not decode."""
+        path, caption = self.rows[i]
+        picture = Image.open(path).convert("RGB")
+        scale = self.resolution / min(picture.size)
+        width, height = (max(self.resolution, round(side * scale)) for side in picture.size)
+        left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        return to_tensor(picture.crop((left, top, left + self.resolution, top + self.resolution))), caption
+
+
+def read_metadata(folder: Path) -> list[tuple[Path, str]]:
+    """Rows of a folder's `metadata.jsonl`: an object with `file_name` and `text` a line."""
+    path, rows = folder / "metadata.jsonl", []
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: not there; one line an image: {{"file_name": "a.png", "text": "a caption"}}')
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, text = row["file_name"], row["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: not a JSON object with file_name and text: {line[:80]}") from None
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise ValueError(f"{path}, line {number}: file_name and text must be strings: {line[:80]}")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{path}, line {number}: no image {folder / name}")
+        rows.append((folder / name, text))
+    if not rows:
+        raise ValueError(f"{path}: empty, so there is nothing to train on")
+    return rows
+
+
+def read_coco(path: Path, images: Path | None = None) -> list[tuple[Path, str]]:
+    """Rows of a COCO `captions_*.json`, one an annotation. Images default to `../train2017/` and the like beside it."""
+    images = images or path.parent.parent / path.stem.removeprefix("captions_")
+    content = read_json(path)
+    try:
+        files = {image["id"]: images / image["file_name"] for image in content["images"]}
+        rows = [(files[a["image_id"]], a["caption"]) for a in content["annotations"]]
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: not a COCO captions file (images, annotations with image_id and caption)") from None
+    if not images.is_dir():
+        raise FileNotFoundError(f"{images}: no such folder; the images of {path.name} are expected there")
+    return rows
+
+
+def read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a text file, one a line; of a JSON list of strings; or of HPDv2's `test.json`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such prompt file")
+    if path.suffix == ".json":
+        rows = read_json(path)
+        prompts = [row.get("prompt") if isinstance(row, dict) else row for row in rows if row]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"{path}: expected a list of strings, or of objects with a prompt")
+    else:
+        try:
+            prompts = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a UTF-8 text file") from None
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt; write one a line")
+    return prompts
+
+
+def open_data(source: str | None, resolution: int):
+    """What `--data` names: nothing for the embedded emoji, a folder with `metadata.jsonl`, or a COCO captions file."""
+    if source is None:
+        return EmojiSet()
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such data; give a folder with metadata.jsonl or a COCO captions file")
+    return Pictures(read_metadata(path) if path.is_dir() else read_coco(path), resolution)
+
+
+@lru_cache(maxsize=2)
+def _order(length: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+class Stream:
+    """Batches of a data set in a shuffled order that depends on the seed alone; `position` is all its state.
+
+    A picture that does not decode is named once, left out, and counted in `left_out`.
+    """
+
+    def __init__(self, data, seed: int, position: int = 0):
+        self.data, self.seed, self.position, self.left_out = data, seed, position, set()
+
+    def indices(self, count: int) -> list[int]:
+        """The next `count` indices, without reading the images."""
+        length, start = len(self.data), self.position
+        self.position += count
+        return [_order(length, self.seed, n // length)[n % length] for n in range(start, self.position)]
+
+    def batch(self, count: int) -> tuple[Tensor, list[str]]:
+        """The next images (count, 3, H, W) and their captions. Raises ValueError when no image at all decodes."""
+        rows = []
+        while len(rows) < count:
+            (i,) = self.indices(1)
+            try:
+                rows.append(self.data[i])
+            except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+                if i not in self.left_out:
+                    print(f"left out, does not decode: {self.data.rows[i][0]} ({error})", file=sys.stderr)
+                self.left_out.add(i)
+                if len(self.left_out) == len(self.data):
+                    raise ValueError(f"none of the {len(self.data)} images decodes") from None
+        images, captions = zip(*rows, strict=True)
+        return torch.stack(images), list(captions)

@@ -5,10 +5,10 @@ diffusion loss on the same noised image keeps the model a denoiser. Every fourth
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from combined import plain
+from diffusion import diffusion_loss
 from refl import draw_step, reward_loss
 from scheduler import Scheduler, denoise, randn
 
@@ -18,11 +18,6 @@ REFL_EVERY = 4  # three updates of ImageReFL, then one of ReFL
 def is_refl_update(update: int) -> bool:
     """Whether update 0, 1, 2, ... is one of ReFL: the fourth, the eighth, ..."""
     return update % REFL_EVERY == REFL_EVERY - 1
-
-
-def diffusion_loss(unet, x_t: Tensor, t: Tensor | int, eps: Tensor, conditioning: dict) -> Tensor:
-    """Eq. (1): mean squared error of the predicted noise, a value an image (B,)."""
-    return F.mse_loss(unet(x_t, t, **conditioning).float(), eps.float(), reduction="none").mean((1, 2, 3))  # Eq. (1)
 
 
 def imagerefl_loss(

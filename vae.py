@@ -215,11 +215,14 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def sample(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8), drawn from the posterior."""
-        mean, logvar = self.encode(images)
+    def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents, drawn from a posterior as `encode` gives it."""
         noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean)
         return (mean + (0.5 * logvar).exp() * noise) * self.config.scale
+
+    def sample(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8), drawn from the posterior."""
+        return self.draw(*self.encode(images), generator)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, H/8, W/8) -> images (B, 3, H, W), about [-1, 1], not clamped."""

@@ -1,0 +1,34 @@
+"""The diffusion loss (Eq. 1 of the paper): it trains Stable Diffusion, and keeps ImageReFL a denoiser."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scheduler import TRAIN_STEPS, Scheduler, randn
+
+
+def diffusion_loss(unet, x_t: Tensor, t: Tensor | int, eps: Tensor, conditioning: dict) -> Tensor:
+    """Mean squared error of the predicted noise in x_t (B, C, H, W), a value an image: (B,)."""
+    return F.mse_loss(unet(x_t, t, **conditioning).float(), eps.float(), reduction="none").mean((1, 2, 3))  # Eq. (1)
+
+
+def pretraining_loss(
+    unet,
+    scheduler: Scheduler,
+    x0: Tensor,
+    conditioning: dict,
+    generator: torch.Generator,
+    snr_gamma: float | None = None,
+) -> tuple[Tensor, dict]:
+    """Eq. (1) at timesteps uniform over 0..999. Returns the loss and what to log.
+
+    `snr_gamma`: weigh by min(SNR, gamma) / SNR, which spends less on the nearly clean steps (Hang et al. 2023).
+    """
+    eps = randn(x0.shape, generator, x0)
+    t = torch.randint(TRAIN_STEPS, (len(x0),), generator=generator)
+    loss = diffusion_loss(unet, scheduler.add_noise(x0, eps, t), t.to(x0.device), eps, conditioning)
+    log = {"diffusion": loss.detach().mean()}
+    if snr_gamma:
+        snr = (scheduler.abar / (1 - scheduler.abar))[t].float().to(loss.device)
+        loss = loss * (snr_gamma / snr).clamp(max=1)
+    return loss.mean(), log

@@ -1,0 +1,76 @@
+"""What differs between the tiny base, SD1.5 and SDXL: one row each, from Section 5 of the paper where it has them.
+
+No torch here, so that `--help` answers at once.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+VERSION = "0.1.0"
+METHODS = ("diffusion", "refl", "imagerefl")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults of the commands for one base."""
+
+    resolution: int  # pixels
+    reward: str
+    guidance: float  # of the base model; the tuned one runs without
+    switch: dict[str, int]  # steps of 40 that the base model takes, by the tuned model's method
+    start: int  # step index of t', where ImageReFL's noised images stand
+    lr: float
+    batch_size: int  # images in one forward and backward pass
+    accumulate: int  # passes an update
+    updates: dict[str, int]
+
+
+TINY = Settings(
+    resolution=64,
+    reward="tiny",
+    guidance=4.0,
+    switch={"refl": 10, "imagerefl": 30},
+    start=30,
+    lr=1e-4,
+    batch_size=16,
+    accumulate=1,
+    updates={"diffusion": 5000, "refl": 60, "imagerefl": 100},
+)
+SD15 = Settings(  # Table 1, SD1.5 rows; Section 5.1
+    resolution=512,
+    reward="hpsv2.1",
+    guidance=7.5,
+    switch={"refl": 10, "imagerefl": 30},
+    start=30,
+    lr=3e-4,
+    batch_size=8,
+    accumulate=4,
+    updates={"diffusion": 4000, "refl": 2000, "imagerefl": 4000},
+)
+SDXL = Settings(  # Table 1, SDXL rows; Section 5.1
+    resolution=512,
+    reward="hpsv2.1",
+    guidance=5.0,
+    switch={"refl": 20, "imagerefl": 35},
+    start=35,
+    lr=3e-4,
+    batch_size=4,
+    accumulate=4,
+    updates={"diffusion": 4000, "refl": 2000, "imagerefl": 4000},
+)
+ROWS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
+
+
+def of(base: str, config: dict | None = None) -> Settings:
+    """The row of a named base, or of a folder by its UNet's `config.json`: by the width of the text states."""
+    if base in ROWS:
+        return ROWS[base]
+    width = (config or {}).get("cross_attention_dim")
+    return {768: SD15, 2048: SDXL}.get(width, TINY)
+
+
+def newest_run(folder: Path) -> Path | None:
+    """The run folder under `folder` that was finished last, if there is one."""
+    finished = [path for path in folder.glob("*/run.json") if json.loads(path.read_text()).get("finished")]
+    return max(finished, key=lambda path: path.stat().st_mtime).parent if finished else None
