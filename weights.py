@@ -1,72 +1,67 @@
-"""Find, read and check the files that hold a model, and write them.
+"""Models from files, and files from models, in every published form of SD1.5 and SDXL.
 
-Layouts: a diffusers pipeline folder (`unet/ vae/ text_encoder/ tokenizer/ scheduler/`) or one component's own folder.
-Reading is strict: a missing, unexpected or misshaped key is an error; a pickle is never executed.
+    python weights.py inspect FILE
+    python weights.py convert SRC DST --layout single-file --dtype fp16
+
+Reading is strict: a missing, unexpected or misshaped key is an error; a pickle is never executed. A module is built
+without memory (on the meta device) and the file's tensors, memory-mapped, become its own.
 """
 
+import argparse
 import json
+import sys
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
+import files
+import layouts
+import lora
 import state
+import unet as unets
+import vae as vaes
+from files import find, read_file  # noqa: F401 - both belong to what this file offers
 from text import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-BASES = {
-    "tiny": str(Path(__file__).parent / "tiny" / "base"),
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GROUP = (
+    2**26
+)  # bytes converted from one mapping of a file: what was read of a mapping stays in memory until it is closed
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+CLIP_L |= {"hidden_act": "quick_gelu", "projection_dim": 768, "eos_token_id": 2}  # 2: the end is the largest id
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+CLIP_G |= {"hidden_act": "gelu", "projection_dim": 1280, "eos_token_id": 2}
 
 
-def read_file(path: str | Path) -> dict[str, torch.Tensor]:
-    """Every tensor of one weight file, memory-mapped where the format allows.
-
-    `.safetensors` is read as such; `.ckpt`, `.pt`, `.pth` and `.bin` by torch's restricted unpickler, which builds
-    tensors and plain containers only; an outer `state_dict` is unwrapped. Raises FileNotFoundError, or ValueError
-    when the file is damaged, is a Git LFS pointer, or would need code to be run.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with path.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs.github.com"):
-            raise ValueError(
-                f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself"
-            )
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001 - whatever the unpickler refuses, the file is not loaded
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: refused, holds more than plain tensors or is damaged ({reason})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+def read_config(source: str | Path, component: str = "unet") -> dict:
+    """The `config.json` of a component. A single file has none: its header may hold one, else it is a published size."""
+    place = find(source, component)
+    if place.is_dir():
+        return files.read_json(place / "config.json")
+    stored = json.loads(files.read_metadata(place).get("config", "{}"))
+    if component in stored:
+        return stored[component]
+    beside = place.parent / "config.json"
+    if place.name.startswith(files.STEMS) and beside.is_file():
+        return files.read_json(beside)
+    xl = "SDXL" in layouts.looks_like(files.read(place))
+    published = {
+        "unet": (unets.SDXL if xl else unets.SD15).to_dict(),
+        "vae": (vaes.SDXL if xl else vaes.SD15).to_dict(),
+        "text_encoder": CLIP_L,
+        "text_encoder_2": CLIP_G,
+    }
+    return published[component]
 
 
-def find(source: str | Path, component: str) -> Path:
-    """The folder of one component of a pipeline. Raises FileNotFoundError that says what to get and where to put it."""
-    folder = Path(BASES.get(str(source), source))
-    for candidate in (folder / component, folder):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise FileNotFoundError(f"{source}: no {component}/config.json in {folder}")
-
-
-def load_strictly(module: nn.Module, tensors: dict, path: Path) -> None:
-    """Assign every tensor to its key. Raises ValueError naming keys that are missing, unexpected or misshaped."""
-    expected = module.state_dict()
+def check(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError naming the first keys that are missing, unexpected or misshaped, and what the file looks like."""
     wrong = [f"missing {key}" for key in expected if key not in tensors]
     wrong += [f"unexpected {key}" for key in tensors if key not in expected]
     wrong += [
@@ -75,41 +70,242 @@ def load_strictly(module: nn.Module, tensors: dict, path: Path) -> None:
         if key in tensors and tensors[key].shape != t.shape
     ]
     if wrong:
-        raise ValueError(f"{path}: {len(wrong)} keys do not fit: {'; '.join(wrong[:3])}")
+        looks = layouts.looks_like(files.read(path) if path.exists() else tensors)
+        raise ValueError(f"{path}: {len(wrong)} keys do not fit: {'; '.join(wrong[:3])}; the file looks like {looks}")
+
+
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Assign every tensor to its key. Raises ValueError naming keys that are missing, unexpected or misshaped."""
+    check(module.state_dict(), tensors, Path(path))
     module.load_state_dict(tensors, assign=True)
 
 
-def _load(kind: type, config: type, folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    settings = json.loads((folder / "config.json").read_text())
-    path = folder / "diffusion_pytorch_model.safetensors"
-    with torch.device("meta"):
-        module = kind(config.from_dict(settings))
-    load_strictly(module, {k: t.to(device, dtype) for k, t in read_file(path).items()}, path)
+def read_as(expected: dict[str, Tensor], place: Path, known: list[layouts.Layout]) -> dict[str, Tensor]:
+    """The tensors of a place under the names of a module, by the layout that fits best. All are views of the file."""
+    tensors = layouts.unfuse(files.read(place))
+    prefix, names = layouts.closest(tensors, known)
+    ours = {name: key for key, name in names.items()}
+    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    own = {ours.get(name, name): t for name, t in own.items()}
+    flat = [key for key, t in own.items() if key in expected and t.ndim == 4 and expected[key].ndim == 2]
+    return own | {key: own[key].flatten(1) for key in flat}  # an old VAE's attention is made of 1x1 convolutions
+
+
+def converted(read: Callable[[], dict[str, Tensor]], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `read` maps, on a device and in a type, little by little, so that no second copy is ever in memory."""
+    tensors = read()
+    done: dict[str, Tensor] = {}
+    size = 0
+    for key in list(tensors):
+        size += tensors[key].nbytes
+        if size > GROUP:
+            tensors, size = None, 0
+            tensors = read()
+        done[key] = tensors[key].to(device, dtype)
+    return done
+
+
+def fill(module: nn.Module, place: Path, known: list[layouts.Layout], device: str, dtype: torch.dtype) -> nn.Module:
+    """Give a module on the meta device the weights of a place, strictly."""
+    expected = module.state_dict()
+    check(expected, read_as(expected, place, known), place)
+    load_strictly(module, converted(lambda: read_as(expected, place, known), device, dtype), place)
     return module.eval()
 
 
 def load_unet(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet:
-    """The UNet of "tiny", "sd15", "sdxl", or of a folder (a pipeline's, or the component's own)."""
-    return _load(UNet, UNetConfig, find(source, "unet"), device, dtype)
+    """The UNet of a source: "tiny", "sd15", "sdxl", a folder (a pipeline's or its own), a single file or a hub id."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(read_config(source, "unet")))
+    return fill(unet, find(source, "unet"), layouts.of_unet(unet.state_dict(), unet.config), device, dtype)
 
 
 def load_vae(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
-    """The autoencoder of "tiny", "sd15", "sdxl", or of a folder (a pipeline's, or the component's own)."""
-    return _load(VAE, VAEConfig, find(source, "vae"), device, dtype)
+    """The autoencoder of a source. Raises ValueError for SDXL's in float16, where it overflows to black images."""
+    with torch.device("meta"):
+        vae = VAE(VAEConfig.from_dict(read_config(source, "vae")))
+    if vae.config.scale == vaes.SDXL.scale and dtype == torch.float16:
+        raise ValueError(f"{source}: SDXL's autoencoder overflows in float16; load it in bfloat16 or float32")
+    return fill(vae, find(source, "vae"), layouts.of_vae(vae.state_dict(), vae.config), device, dtype)
 
 
 def load_text(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> TextEncoder:
-    """The text encoders and tokenizers of a pipeline folder, or of "tiny", "sd15", "sdxl"."""
-    from transformers import CLIPTextModel, CLIPTokenizer
+    """The text encoders of a source and their tokenizers: one of each, for SDXL two."""
+    from transformers import CLIPTokenizer
 
-    folder = find(source, "text_encoder")
-    model = CLIPTextModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    tokenizer = CLIPTokenizer.from_pretrained(folder.parent / "tokenizer", local_files_only=True)
-    return TextEncoder([model], [tokenizer]).to(device)
+    models = [_load_clip(source, "text_encoder", device, dtype)]
+    place = find(source, "text_encoder")
+    tokenizers = [CLIPTokenizer.from_pretrained(files.find_tokenizer(place, "tokenizer"), local_files_only=True)]
+    if has_second_text(source):
+        models.append(_load_clip(source, "text_encoder_2", device, dtype))
+        folder = files.find_tokenizer(place, "tokenizer_2")
+        tokenizers.append(CLIPTokenizer.from_pretrained(folder, local_files_only=True, pad_token="!"))  # id 0
+    return TextEncoder(models, tokenizers)
 
 
-def save_unet(unet: UNet, path: str | Path, dtype: torch.dtype = torch.float32, metadata: dict | None = None) -> None:
-    """Write a UNet's folder (`config.json`, `diffusion_pytorch_model.safetensors`) in the diffusers layout."""
-    tensors = {key: t.to("cpu", dtype) for key, t in unet.state_dict().items()}
-    state.write(Path(path) / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"} | (metadata or {}))
-    state.write_text(Path(path) / "config.json", json.dumps(unet.config.to_dict(), indent=1) + "\n")
+def has_second_text(source: str | Path) -> bool:
+    """Whether the text of a source is encoded twice, as in SDXL."""
+    place = find(source, "text_encoder")
+    if place.is_file():
+        return any(key.startswith(layouts.CLIP_G) for key in files.read(place))
+    return (place.parent / "text_encoder_2").is_dir()
+
+
+def _load_clip(source: str | Path, component: str, device: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}[component]
+    with torch.device("meta"):
+        model = kind(CLIPTextConfig(**read_config(source, component)))
+    fill(model, find(source, component), layouts.of_text(model.state_dict()), device, dtype)
+    for module in model.modules():
+        if hasattr(module, "position_ids"):  # in no file, and still on the meta device
+            module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]
+    return model
+
+
+def load_tuned(
+    checkpoint: str | Path, base: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Callable, Callable]:
+    """Base and tuned model as two callables with the UNet's arguments, as combined generation needs them.
+
+    checkpoint: a run's folder, with `unet/` or an adapter (then both callables share one set of weights); the authors'
+    published folder or its hub id, whose own `original_unet/` is the base; any other source of a UNet, or an adapter's
+    file. Raises ValueError when the two take text of different widths.
+    """
+    place = find(checkpoint, "tuned_unet")
+    if place.is_file() and layouts.is_adapter(read_file(place)):
+        unet = load_unet(base, device, dtype)
+        lora.load(unet, place)
+        return lora.halves(unet)
+    if place.name == "fine_tuned_unet" and (place.parent / "original_unet").is_dir():
+        base = place.parent / "original_unet"
+    width = {source: UNetConfig.from_dict(read_config(source)).context for source in (base, place)}
+    if width[base] != width[place]:
+        flag = "sdxl" if width[place] == unets.SDXL.context else "sd15"
+        raise ValueError(f"{checkpoint}: takes text of width {width[place]}, the base {width[base]}; --base {flag}?")
+    return load_unet(base, device, dtype), load_unet(place, device, dtype)
+
+
+def save_unet(
+    unet: UNet,
+    path: str | Path,
+    layout: str = "diffusers",
+    dtype: torch.dtype = torch.float32,
+    metadata: dict[str, str] | None = None,
+    base: str | Path | None = None,
+) -> None:
+    """Write a UNet: "diffusers", a folder that diffusers reads, or "single-file", for A1111 and ComfyUI.
+
+    A single file (LDM for SD1.5, SGM for SDXL) also holds the autoencoder and the text encoders of `base`, a source.
+    Raises ValueError for another layout, for adapters that are not merged, and for a single file without a base.
+    """
+    unet = getattr(unet, "_orig_mod", unet)  # of a compiled one
+    if any(".lora_" in key for key in unet.state_dict()):
+        raise ValueError("this UNet has adapters; lora.save writes them, lora.merge folds them into the weights")
+    if layout == "diffusers":
+        tensors = {key: t.to("cpu", dtype) for key, t in unet.state_dict().items()}
+        state.write(Path(path) / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"} | (metadata or {}))
+        state.write_text(Path(path) / "config.json", json.dumps(unet.config.to_dict(), indent=1) + "\n")
+    elif layout == "single-file":
+        if base is None:
+            raise ValueError("a single file also holds an autoencoder and text encoders: say of which base")
+        tensors = single_file(unet, base)
+        header = modelspec(unet, Path(path).stem) | {"config": json.dumps(_configs(unet, base))} | (metadata or {})
+        state.write(path, {key: t.to("cpu", dtype) for key, t in tensors.items()}, {"format": "pt"} | header)
+    else:
+        raise ValueError(f"unknown layout {layout!r}; known: diffusers, single-file")
+
+
+def _configs(unet: UNet, base: str | Path) -> dict[str, dict]:
+    components = ["vae", "text_encoder"] + ["text_encoder_2"] * bool(unet.config.pooled)
+    return {"unet": unet.config.to_dict()} | {name: read_config(base, name) for name in components}
+
+
+def single_file(unet: UNet, base: str | Path) -> dict[str, Tensor]:
+    """Every tensor of an LDM (SD1.5) or SGM (SDXL) file: a UNet, and the autoencoder and text encoders of a base."""
+    vae = load_vae(base)
+    own = unet.state_dict()
+    tensors = {layouts.UNET + layouts.unet_name(key, unet.config): t for key, t in own.items()}
+    for key, t in vae.state_dict().items():
+        convolution = t.ndim == 2  # the layout's attention is made of 1x1 convolutions
+        tensors[layouts.VAE + layouts.vae_name(key, len(vae.config.channels))] = (
+            t[..., None, None] if convolution else t
+        )
+    prefix = layouts.CLIP_L_SDXL if unet.config.pooled else layouts.CLIP_L
+    first = _load_clip(base, "text_encoder", "cpu", torch.float32).state_dict()
+    tensors |= {f"{prefix}text_model.{key.removeprefix('text_model.')}": t for key, t in first.items()}
+    if unet.config.pooled:
+        second = _load_clip(base, "text_encoder_2", "cpu", torch.float32).state_dict()
+        _, names = layouts.of_text(second)[1]
+        tensors |= layouts.fuse({layouts.CLIP_G + names[key]: t for key, t in second.items()})
+    return tensors
+
+
+def modelspec(unet: UNet, title: str) -> dict[str, str]:
+    """What A1111 and others show of a file (Stability AI's model metadata, 1.0.1)."""
+    xl = bool(unet.config.pooled)
+    side = 8 * unet.config.sample_size
+    spec = {
+        "sai_model_spec": "1.0.1",
+        "architecture": "stable-diffusion-xl-v1-base" if xl else "stable-diffusion-v1",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": title,
+        "resolution": f"{side}x{side}",
+        "prediction_type": "epsilon",
+        "date": date.today().isoformat(),
+    }
+    return {f"modelspec.{key}": value for key, value in spec.items()}
+
+
+def inspect(path: Path) -> str:
+    """What a weight file is, in a few lines."""
+    tensors = read_file(path)
+    count = sum(t.numel() for t in tensors.values())
+    types = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
+    lines = [f"{path}: {layouts.looks_like(tensors)}", f"{len(tensors)} tensors, {count:,} numbers, {', '.join(types)}"]
+    lines += [f"{key}: {value[:100]}" for key, value in files.read_metadata(path).items()]
+    return "\n".join(lines)
+
+
+def convert(source: str, path: Path, layout: str, dtype: torch.dtype, base: str | None) -> None:
+    """Rewrite the UNet of a source, or an adapter merged into a base, in another layout."""
+    place = find(source, "tuned_unet")
+    if place.is_file() and layouts.is_adapter(read_file(place)):
+        if base is None:
+            raise ValueError(f"{place}: an adapter needs --base, the model that it adapts")
+        unet = load_unet(base)
+        lora.load(unet, place)
+        lora.merge(unet)
+    else:
+        unet = load_unet(place)
+    save_unet(unet, path, layout, dtype, base=base or source)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="weights.py", description="Inspect and convert files of weights.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("inspect", help="say what a file is")
+    command.add_argument("file", type=Path)
+    command = commands.add_parser("convert", help="write a UNet in another layout")
+    command.add_argument(
+        "source", metavar="SRC", help="a run, a pipeline's folder, a single file, a hub id, an adapter"
+    )
+    command.add_argument("path", metavar="DST", type=Path, help="the folder, or the .safetensors file, to write")
+    command.add_argument("--layout", choices=("diffusers", "single-file"), default="diffusers")
+    command.add_argument("--dtype", choices=DTYPES, default="fp32")
+    command.add_argument("--base", help="whose autoencoder and text encoders a single file gets; SRC's own by default")
+    args = parser.parse_args(arguments)
+    try:
+        if args.command == "inspect":
+            print(inspect(args.file))
+        else:
+            convert(args.source, args.path, args.layout, DTYPES[args.dtype], args.base)
+    except (ValueError, OSError) as error:
+        print(f"weights.py: {error}".splitlines()[0], file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Files of weights: find them on disk or in the hub's cache, read them, never run them.
+
+A source is "tiny", "sd15", "sdxl", a folder (a pipeline's or a component's own), a single file, or a hub id; a place is
+the folder of one component, or the single file that holds it.
+"""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+BASES = {
+    "tiny": str(Path(__file__).parent / "tiny" / "base"),
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+MOVED = {BASES["sd15"]: "runwayml/stable-diffusion-v1-5"}  # gone from the hub, still in many caches
+SINGLE = {
+    BASES["sd15"]: "v1-5-pruned-emaonly.safetensors (4.3 GB)",
+    BASES["sdxl"]: "sd_xl_base_1.0.safetensors (6.9 GB)",
+}
+CLASSES = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+ADAPTER = "pytorch_lora_weights.safetensors"
+NAMES = {  # where a component may lie in a folder; the authors publish `original_unet/` and `fine_tuned_unet/`
+    "unet": ("unet", "original_unet"),
+    "tuned_unet": ("fine_tuned_unet", "unet", ADAPTER),
+}
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+ENDINGS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".fp16.safetensors",
+    ".safetensors.index.fp16.json",
+    ".fp16.safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".fp16.bin",
+)
+
+
+def read_json(path: Path) -> dict:
+    """Raises ValueError when the file is no JSON object."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def read_file(path: str | Path) -> dict[str, torch.Tensor]:
+    """Every tensor of one weight file, memory-mapped where the format allows.
+
+    `.safetensors` is read as such; `.ckpt`, `.pt`, `.pth` and `.bin` by torch's restricted unpickler, which builds
+    tensors and plain containers only; an outer `state_dict` is unwrapped. Raises FileNotFoundError, or ValueError
+    when the file is damaged, is a Git LFS pointer, or would need code to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com"):
+            raise ValueError(
+                f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself"
+            )
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # noqa: BLE001 - whatever the unpickler refuses, the file is not loaded
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: refused, holds more than plain tensors or is damaged ({reason})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; nothing for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return read_file(path) and {}  # which says what is wrong
+
+
+def weight_files(place: Path) -> list[Path]:
+    """The weight files of a component: full precision before half, safetensors before pickles, shards in order.
+
+    Raises FileNotFoundError when there are none, or when an index names a shard that is not there.
+    """
+    if place.is_file():
+        return [place]
+    for name in (stem + ending for ending in ENDINGS for stem in STEMS):
+        path = place / name
+        if not path.is_file():
+            continue
+        if path.suffix != ".json":
+            return [path]
+        shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+        absent = [shard for shard in shards if not (place / shard).is_file()]
+        if absent or not shards:
+            first = absent[0] if absent else "no shard"
+            raise FileNotFoundError(f"{path}: names {first}, missing ({len(absent)} of {len(shards)} shards); get it")
+        return [place / shard for shard in shards]
+    raise FileNotFoundError(f"{place}: no weights; put {STEMS[0]}.safetensors or {STEMS[1]}.safetensors there")
+
+
+def read(place: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a component's folder or of a single file, memory-mapped, under the file's own names."""
+    return {key: tensor for path in weight_files(place) for key, tensor in read_file(path).items()}
+
+
+def within(folder: Path, component: str) -> Path | None:
+    """The place of a component in a folder, or None. Raises FileNotFoundError where a `config.json` is missing."""
+    for place in (folder / name for name in NAMES.get(component, (component,))):
+        if place.is_file() or (place / "config.json").is_file():
+            return place
+        if place.is_dir():
+            raise FileNotFoundError(f"{place}: no config.json; copy it from where the weights came from")
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        kind = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
+        return folder if kind == CLASSES.get(component, "UNet2DConditionModel") else None
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".ckpt"))
+    if any(path.name.startswith(STEMS) for path in files):
+        raise FileNotFoundError(f"{folder}: no config.json; copy it from where the weights came from")
+    if len(files) > 1:
+        raise ValueError(f"{folder}: holds {', '.join(path.name for path in files[:3])}; name one of the files")
+    return files[0] if files else None
+
+
+def snapshots(repo: str) -> list[Path]:
+    """The folders of a repository in the hub's local cache, without asking the hub."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    main = cache / "refs" / "main"
+    if main.is_file():
+        return [cache / "snapshots" / main.read_text().strip()]
+    return sorted((cache / "snapshots").glob("*"))
+
+
+def download(repo: str, component: str) -> Path:
+    """Fetch one component of a hub repository, for a text encoder also its tokenizer. Raises OSError when it cannot."""
+    from huggingface_hub import constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    wanted = ("*.json", *(f"{stem}.safetensors" for stem in STEMS), "*-of-*.safetensors")
+    patterns = [f"{name}/{file}" for name in NAMES.get(component, (f"{component}*",)) for file in wanted]
+    patterns += ["tokenizer*/*"] * component.startswith("text")
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except Exception as error:  # noqa: BLE001 - one of many network errors; the caller says what to do instead
+        raise OSError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def find_in_hub(source: str, component: str) -> Path:
+    """A component of a hub repository: from the local cache, else downloaded."""
+    repo = BASES.get(source, source)
+    for folder in snapshots(repo) + snapshots(MOVED.get(repo, repo)):
+        try:
+            place = within(folder, component)
+            if place and weight_files(place):
+                return place
+        except FileNotFoundError:
+            continue  # half downloaded
+    try:
+        place = within(download(repo, component), component)
+        if place:
+            return place
+        reason = "the repository has none"
+    except OSError as error:
+        reason = error
+    either = f", or {SINGLE[repo]} of it," if repo in SINGLE else ""
+    raise FileNotFoundError(
+        f"{source}: no {component} in the hub's local cache, and no download ({reason}); get the repository "
+        f"huggingface.co/{repo} (`hf download {repo}`: unet/, vae/, text_encoder*/, tokenizer*/){either} and leave "
+        f"it in the cache or name its folder or file instead of {source}"
+    )
+
+
+def find(source: str | Path, component: str) -> Path:
+    """The place of "unet", "vae", "text_encoder", "text_encoder_2" or "tuned_unet" in a source.
+
+    Raises FileNotFoundError that says what to get and where to put it.
+    """
+    place = Path(BASES.get(str(source), source))
+    if place.is_file():
+        return place
+    if place.is_dir():
+        found = within(place, component)
+        if found is None:
+            raise FileNotFoundError(f"{place}: no {component}/config.json in it, nor a single file of weights")
+        return found
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)) or str(source) == "tiny":
+        raise FileNotFoundError(f"{place}: no such file or folder, nor the id of a hub repository")
+    return find_in_hub(str(source), component)
+
+
+def find_tokenizer(place: Path, name: str) -> Path:
+    """The folder of a tokenizer, for the place of its text encoder: beside it, else in the hub's local cache.
+
+    All text encoders of SD1.5 and SDXL share one vocabulary. Raises FileNotFoundError.
+    """
+    beside = [place.parent / name, place.parent / "tokenizer", place.parent]
+    cached = [f / "tokenizer" for repo in (*SINGLE, *MOVED.values()) for f in snapshots(repo)]
+    for folder in beside + cached + snapshots("openai/clip-vit-large-patch14"):
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{place}: no {name}/vocab.json beside it; put vocab.json and merges.txt of "
+        f"huggingface.co/{BASES['sd15']}/tree/main/tokenizer into {beside[1]}"
+    )

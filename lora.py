@@ -1,0 +1,240 @@
+"""Low-rank adapters (Hu et al. 2021) on the attention layers of a UNet: W x + (alpha / rank) B A x, with a switch.
+
+With the switch off the UNet is the base model to the last bit, so that combined generation needs one set of weights.
+On disk in peft's names, which diffusers reads, or in kohya's, which A1111 and ComfyUI read.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import files
+import layouts
+import state
+from unet import UNet
+
+TARGET = re.compile(r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$")
+PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter beside it; takes over weight and bias of the layer that it replaces.
+
+    The adapter is float32 whatever the layer's type, and computes in the type of its input.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=linear.weight.device)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=linear.weight.device)
+        self.alpha, self.rank, self.on = alpha, rank, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if not self.on:
+            return y
+        h = F.linear(x, self.lora_A.weight.to(x.dtype))  # (B, L, C) -> (B, L, rank)
+        return y + self.alpha / self.rank * F.linear(h, self.lora_B.weight.to(x.dtype))
+
+
+def targets(unet: UNet) -> dict[str, nn.Linear]:
+    """The layers that take an adapter, by name."""
+    return {name: module for name, module in unet.named_modules() if TARGET.search(name)}
+
+
+def adapters(unet: UNet) -> dict[str, LoRALinear]:
+    """The layers that have an adapter, by name. Raises ValueError when there are none."""
+    found = {name: module for name, module in targets(unet).items() if isinstance(module, LoRALinear)}
+    if not found:
+        raise ValueError("this UNet has no adapters; lora.add or lora.load puts them in")
+    return found
+
+
+def _replace(unet: UNet, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(unet.get_submodule(parent), child, module)
+
+
+def _refuse_a_second(unet: UNet) -> None:
+    if any(isinstance(module, LoRALinear) for module in unet.modules()):
+        raise ValueError("this UNet has adapters already; lora.merge folds them into its weights")
+
+
+def add(unet: UNet, rank: int, alpha: float | None = None, generator: torch.Generator | None = None) -> list:
+    """Freeze a UNet and give it adapters; returns their parameters, to train. The output is unchanged: B is zero.
+
+    A is normal with deviation 1 / rank; alpha defaults to the rank. Raises ValueError for a rank below 1.
+    """
+    _refuse_a_second(unet)
+    if rank < 1:
+        raise ValueError(f"the rank of an adapter must be at least 1, got {rank}")
+    unet.requires_grad_(False)
+    for name, linear in targets(unet).items():
+        layer = LoRALinear(linear, rank, rank if alpha is None else alpha)
+        noise = torch.randn(rank, layer.in_features, generator=generator) / rank
+        layer.lora_A.weight.data.copy_(noise)
+        nn.init.zeros_(layer.lora_B.weight)
+        _replace(unet, name, layer)
+    return parameters(unet)
+
+
+def parameters(unet: UNet) -> list[nn.Parameter]:
+    """The adapters' parameters."""
+    return [p for layer in adapters(unet).values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
+
+
+def switch(unet: UNet, on: bool) -> None:
+    """Turn every adapter on or off."""
+    for layer in adapters(unet).values():
+        layer.on = on
+
+
+def halves(unet: UNet) -> tuple[Callable, Callable]:
+    """Base and tuned model as two callables with the UNet's arguments, over one set of weights."""
+    adapters(unet)
+
+    def half(on: bool) -> Callable:
+        def predict(*args, **kwargs) -> Tensor:
+            switch(unet, on)
+            return unet(*args, **kwargs)
+
+        return predict
+
+    return half(False), half(True)
+
+
+@torch.no_grad()
+def merge(unet: UNet) -> UNet:
+    """Fold the adapters into the weights, W + (alpha / rank) B A, and take them out."""
+    for name, layer in adapters(unet).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        change = layer.alpha / layer.rank * (layer.lora_B.weight @ layer.lora_A.weight)
+        linear.weight = nn.Parameter((layer.weight.float() + change).to(layer.weight.dtype))
+        linear.bias = layer.bias
+        _replace(unet, name, linear)
+    return unet
+
+
+def _kohya_name(name: str, unet: UNet) -> str:
+    """In kohya's scripts SD1.5 goes by the diffusers names, SDXL by those of its single file."""
+    if unet.config.pooled:
+        name = layouts.unet_name(name + ".weight", unet.config).removesuffix(".weight")
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def _peft_file(unet: UNet) -> tuple[dict[str, Tensor], dict[str, str]]:
+    layers = adapters(unet)
+    tensors = {f"unet.{key}": t for key, t in unet.state_dict().items() if ".lora_" in key}
+    first = next(iter(layers.values()))
+    config = {
+        "peft_type": "LORA",
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != first.rank},
+        "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        "init_lora_weights": "gaussian",
+    }
+    return tensors, {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
+
+
+def _kohya_file(unet: UNet) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors, layers = {}, adapters(unet)
+    for name, layer in layers.items():
+        spelled = _kohya_name(name, unet)
+        tensors[f"{spelled}.lora_down.weight"] = layer.lora_A.weight
+        tensors[f"{spelled}.lora_up.weight"] = layer.lora_B.weight
+        tensors[f"{spelled}.alpha"] = torch.tensor(float(layer.alpha))
+    first = next(iter(layers.values()))
+    base, architecture = (
+        ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base") if unet.config.pooled else ("sd_v1", "stable-diffusion-v1")
+    )
+    return tensors, {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(first.rank),
+        "ss_network_alpha": str(first.alpha),
+        "ss_base_model_version": base,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+    }
+
+
+def save(unet: UNet, path: str | Path, layout: str = "peft", metadata: dict[str, str] | None = None) -> None:
+    """Write the adapters. `path`: a `.safetensors` file, or a folder, which gets `pytorch_lora_weights.safetensors`.
+
+    layout: "peft" or "kohya". Raises ValueError for another one.
+    """
+    if layout not in ("peft", "kohya"):
+        raise ValueError(f"unknown layout {layout!r} of an adapter; known: peft, kohya")
+    tensors, header = _peft_file(unet) if layout == "peft" else _kohya_file(unet)
+    path = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / files.ADAPTER
+    state.write(path, {k: t.to("cpu") for k, t in tensors.items()}, {"format": "pt"} | header | (metadata or {}))
+
+
+def load(unet: UNet, path: str | Path) -> list[nn.Parameter]:
+    """Give a frozen UNet the adapters of a file, in peft's or kohya's names; returns their parameters.
+
+    Without a stored alpha it equals the rank. Raises ValueError when a key fits no attention layer of this UNet, half
+    of an adapter is missing, or a shape differs.
+    """
+    _refuse_a_second(unet)
+    path = Path(path) if Path(path).is_file() else Path(path) / files.ADAPTER
+    layers = targets(unet)
+    found = _parts(path, layers, unet)
+    unet.requires_grad_(False)
+    for name, parts in found.items():
+        A, B, linear = parts.get("A"), parts.get("B"), layers[name]
+        if A is None or B is None:
+            raise ValueError(f"{path}: only one half of the adapter of {name}; the file is not whole")
+        if A.shape != (len(A), linear.in_features) or B.shape != (linear.out_features, len(A)):
+            fits = f"({linear.in_features} -> {linear.out_features})"
+            raise ValueError(f"{path}: {name} {fits} cannot take A {tuple(A.shape)}, B {tuple(B.shape)}; another base?")
+        layer = LoRALinear(linear, len(A), float(parts.get("alpha", len(A))))
+        layer.lora_A.weight.data.copy_(A)
+        layer.lora_B.weight.data.copy_(B)
+        _replace(unet, name, layer)
+    return parameters(unet)
+
+
+def _parts(path: Path, layers: dict[str, nn.Linear], unet: UNet) -> dict[str, dict]:
+    """Layer -> its A, B and alpha, if stored, in the file. Raises ValueError when a key fits no layer."""
+    tensors = files.read_file(path)
+    known = {name: name for name in layers}
+    for name in layers:
+        plain = "lora_unet_" + name.replace(".", "_")
+        known |= dict.fromkeys((f"unet.{name}", f"base_model.model.{name}", plain, _kohya_name(name, unet)), name)
+    found: dict[str, dict] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(.+?)\.(lora_\w+\.weight|alpha)", key)
+        if match and match[1] in known and match[2] in PARTS:
+            found.setdefault(known[match[1]], {})[PARTS[match[2]]] = tensor
+        else:
+            strange.append(key)
+    if strange or not found:
+        first = ", ".join(strange[:3]) or "no key at all"
+        raise ValueError(
+            f"{path}: {len(strange)} of {len(tensors)} keys adapt no attention layer (to_q, to_k, to_v, to_out.0) of "
+            f"this UNet: {first}; the file looks like {layouts.looks_like(tensors)}"
+        )
+    _alpha_of_peft(path, found)
+    return found
+
+
+def _alpha_of_peft(path: Path, found: dict[str, dict]) -> None:
+    """Fill in what peft keeps in the header. Raises ValueError for variants of LoRA that are not built here."""
+    config = json.loads(files.read_metadata(path).get("lora_adapter_metadata", "{}"))
+    config = {key.removeprefix("unet."): value for key, value in config.items()}
+    if config.get("use_dora") or config.get("use_rslora"):
+        raise ValueError(f"{path}: DoRA and rank-stabilised adapters are not supported, only plain LoRA")
+    for name, parts in found.items():
+        alpha = config.get("alpha_pattern", {}).get(name, config.get("lora_alpha"))
+        if alpha is not None:
+            parts.setdefault("alpha", alpha)
