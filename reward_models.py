@@ -9,6 +9,7 @@ and `forward(pixels, *text) -> (B,)`. Shapes: B pairs, S text tokens, L image to
 import html
 import re
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -311,27 +312,22 @@ def from_imagereward(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def fill(network: nn.Module, state: dict[str, torch.Tensor], origin: str) -> nn.Module:
+def fill(network: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> nn.Module:
     """Puts `state` into a network on the meta device: every key accounted for, float32, frozen, eval mode.
 
-    Raises ValueError naming `origin` and the first missing, unexpected or misshaped key.
+    Raises ValueError naming `origin` and the keys that are missing, unexpected or misshaped.
     """
     state = {key: value.float() for key, value in state.items() if not key.endswith("position_ids")}
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    missing, unexpected = sorted(wanted.keys() - state), sorted(state.keys() - wanted)
-    if missing or unexpected:
-        what = [
-            f"{len(keys)} keys {word}, as {keys[0]}"
-            for word, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
-        raise ValueError(f"{origin}: not this reward's checkpoint: {'; '.join(what)}")
-    for key, shape in wanted.items():
-        if tuple(state[key].shape) != shape:
-            raise ValueError(f"{origin}: {key} is {tuple(state[key].shape)}, expected {shape}")
+    wrong = [f"missing {key}" for key in wanted if key not in shapes]
+    wrong += [f"unexpected {key}" for key in shapes if key not in wanted]
+    wrong += [f"{k} is {shapes[k]}, not {wanted[k]}" for k in wanted if k in shapes and shapes[k] != wanted[k]]
+    if wrong:
+        raise ValueError(f"{origin}: not this reward's: {len(wrong)} keys do not fit: {'; '.join(wrong[:3])}")
     network.load_state_dict(state, assign=True)
     for module in network.modules():
-        if hasattr(module, "position_ids"):  # not in the file, and still without values
+        if hasattr(module, "position_ids"):  # not in the file, or not needed from it, and still without values
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
     return network.requires_grad_(False).eval()
 

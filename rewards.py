@@ -199,7 +199,7 @@ def load(name: str, source: str | Path | None = None, device="cpu", dtype=None, 
 
     config = path.parent if (path.parent / "config.json").is_file() else None
     network, tokenizer = models.blank(name, config), models.tokenizer(name, vocabulary)
-    models.fill(network, models.rename(name, read_checkpoint(name, path)), str(path))
+    models.fill(network, models.rename(name, read_checkpoint(name, path)), path)
     reward = models.Reward(name, network.to(device), tokenizer, SCALE[name])
     if dtype is not None:
         models.lower(network, dtype)
@@ -305,14 +305,12 @@ def convert_mps(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output}: the output is written as .safetensors; name it so")
     if not Path(args.input).is_file():
         raise missing("mps", args.input)
-    from safetensors.torch import save_file
+    import mps
+    import state
 
-    from mps import read_pickled
-
-    state = {key: value.contiguous() for key, value in read_pickled(args.input).items()}
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, args.output)
-    print(f"{args.output}: {len(state)} tensors; put vocab.json and merges.txt of huggingface.co/{CLIP_B} beside it")
+    tensors = mps.read_pickled(args.input)
+    state.write(args.output, tensors)
+    print(f"{args.output}: {len(tensors)} tensors; put vocab.json and merges.txt of huggingface.co/{CLIP_B} beside it")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -337,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rewards.py: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -388,8 +388,26 @@ def test_full_size_checkpoints_fit_key_for_key(name, published, tensors, values)
     if values:
         assert sum(value.numel() for value in network.state_dict().values()) == values
     del state[next(key for key in state if key.endswith("mlp.fc1.bias") or key.endswith("c_fc.bias"))]
-    with pytest.raises(ValueError, match="1 keys missing"):
+    with pytest.raises(ValueError, match="1 keys do not fit: missing"):
         models.fill(models.blank(name), models.rename(name, state), name)
+
+
+def test_published_networks_have_the_constants_that_no_shape_tells():
+    """Activations, heads and epsilons of the full-size models, where the library's defaults would fit as well."""
+    networks = {name: models.blank(name) for name in ("hpsv2.1", "pickscore", "mps", "clipscore", "imagereward")}
+    for name in ("hpsv2.1", "pickscore", "mps"):
+        config = networks[name].config
+        for part in (config.text_config, config.vision_config):
+            assert (part.hidden_act, part.num_attention_heads, part.layer_norm_eps) == ("gelu", 16, 1e-5)
+    config = networks["clipscore"].config
+    for part, heads in ((config.text_config, 8), (config.vision_config, 12)):
+        assert (part.hidden_act, part.num_attention_heads, part.layer_norm_eps) == ("quick_gelu", heads, 1e-5)
+    config = networks["imagereward"].config
+    text, vision = config.text_config, config.vision_config
+    assert (vision.hidden_act, vision.num_attention_heads, vision.layer_norm_eps) == ("gelu", 16, 1e-6)
+    assert (text.hidden_act, text.num_attention_heads, text.layer_norm_eps) == ("gelu", 12, 1e-12)
+    assert networks["mps"].threshold == 0.01
+    assert [networks[name].temperature for name in ("hpsv2.1", "clipscore", "pickscore")] == [False, False, True]
 
 
 def test_unexpected_and_misshaped_keys_are_named(folders, tmp_path):
@@ -398,10 +416,10 @@ def test_unexpected_and_misshaped_keys_are_named(folders, tmp_path):
     for name in ("config.json", "tokenizer"):
         (tmp_path / name).symlink_to(folders["pickscore"] / name)
     save_file({**state, "extra.weight": torch.zeros(1)}, wrong)
-    with pytest.raises(ValueError, match=r"wrong\.safetensors.*1 keys unexpected, as model\.extra\.weight"):
+    with pytest.raises(ValueError, match=r"wrong\.safetensors: .*1 keys do not fit: unexpected model\.extra\.weight"):
         rewards.load("pickscore", wrong)
     save_file({**state, "text_projection.weight": torch.zeros(32, 47)}, wrong)
-    with pytest.raises(ValueError, match=r"text_projection\.weight is \(32, 47\), expected \(32, 48\)"):
+    with pytest.raises(ValueError, match=r"text_projection\.weight is \(32, 47\), not \(32, 48\)"):
         rewards.load("pickscore", wrong)
 
 
