@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scheduler import Generators, Predictor, Scheduler, denoise
+from scheduler import Generators, Predictor, Scheduler, denoise, randn
 
 
 def switch_weights(steps: int, switch: int) -> list[float]:
@@ -64,3 +64,32 @@ def combine(
     for i in scheduler.steps:
         x_t = denoise(scheduler, mix(base, tuned, weights[i]), x_t, [i], generator)
     return x_t
+
+
+@torch.no_grad()
+def generate(
+    base,
+    tuned,
+    vae,
+    text,
+    scheduler: Scheduler,
+    weights: Sequence[float],
+    prompts: list[str],
+    seeds: list[int],
+    size: tuple[int, int],
+    guidance: float,
+) -> Tensor:
+    """Prompts and as many seeds -> images (B, 3, H, W) in about [-1, 1]; `size` is H, W in pixels.
+
+    `base` runs with guidance, `tuned` without. The noise of an image follows from its seed alone. Raises ValueError
+    when the autoencoder or the UNet cannot halve the sides often enough.
+    """
+    H, W = size
+    if H % vae.factor or W % vae.factor:
+        raise ValueError(f"image sides must be multiples of {vae.factor}, got {H}x{W}")
+    conditioning, empty = text(prompts, size), text([""] * len(prompts), size)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (len(prompts), vae.config.latent_channels, H // vae.factor, W // vae.factor)
+    x_T = randn(shape, generators, conditioning["context"])
+    base, tuned = guided(base, conditioning, empty, guidance), plain(tuned, conditioning)
+    return vae.decode(combine(scheduler, base, tuned, weights, x_T, generators))

@@ -110,6 +110,19 @@ class Pictures:
         return to_tensor(picture.crop((left, top, left + self.resolution, top + self.resolution))), caption
 
 
+class Captions:
+    """Prompts without pictures: all that ReFL needs."""
+
+    def __init__(self, prompts: list[str]):
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
+        return torch.empty(0), self.prompts[i]
+
+
 def read_metadata(folder: Path) -> list[tuple[Path, str]]:
     """Rows of a folder's `metadata.jsonl`: an object with `file_name` and `text` a line."""
     path, rows = folder / "metadata.jsonl", []
@@ -176,13 +189,17 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def open_data(source: str | None, resolution: int):
-    """What `--data` names: nothing for the embedded emoji, a folder with `metadata.jsonl`, or a COCO captions file."""
+    """What `--data` names: nothing (the embedded emoji), a folder with `metadata.jsonl`, a COCO file, or prompts."""
     if source is None:
         return EmojiSet()
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such data; give a folder with metadata.jsonl or a COCO captions file")
-    return Pictures(read_metadata(path) if path.is_dir() else read_coco(path), resolution)
+    if path.is_dir():
+        return Pictures(read_metadata(path), resolution)
+    if path.suffix == ".json" and isinstance(read_json(path), dict):
+        return Pictures(read_coco(path), resolution)
+    return Captions(read_prompts(path))
 
 
 @lru_cache(maxsize=2)

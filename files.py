@@ -41,6 +41,13 @@ ENDINGS = (
 )
 
 
+class Inert:
+    """Stands for a class that some official `.ckpt` names and that no tensor needs: it does nothing."""
+
+
+INERT = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+
+
 def read_json(path: Path) -> dict:
     """Raises ValueError when the file is no JSON object."""
     try:
@@ -74,7 +81,8 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # noqa: BLE001 - whatever the unpickler refuses, the file is not loaded
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: refused, holds more than plain tensors or is damaged ({reason})") from None

@@ -7,6 +7,7 @@ and `forward(pixels, *text) -> (B,)`. Shapes: B pairs, S text tokens, L image to
 """
 
 import html
+import itertools
 import re
 import unicodedata
 from pathlib import Path
@@ -118,50 +119,35 @@ def tokenizer(name: str, folder) -> CLIPTokenizer | BertTokenizer:
 # --------------------------------------------------------------------------------------------------- networks
 
 
+def sizes(width: int, layers: int, heads: int, **more) -> dict:
+    """A transformer in the library's words; all of them have a feed-forward four times as wide."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {**dict(zip(names, (width, 4 * width, layers, heads), strict=True)), **more}
+
+
 def clip_vit_h() -> CLIPConfig:
     """ViT-H-14 of HPSv2, PickScore and MPS, with the exact GELU: the library's default is QuickGELU."""
-    text = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    }
-    vision = {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-    }
     return CLIPConfig(
-        text_config={**text, "hidden_act": "gelu"},
-        vision_config={**vision, "hidden_act": "gelu", "image_size": 224, "patch_size": 14},
+        text_config=sizes(1024, 24, 16, hidden_act="gelu"),
+        vision_config=sizes(1280, 32, 16, hidden_act="gelu", image_size=224, patch_size=14),
         projection_dim=1024,
     )
 
 
 def clip_vit_b() -> CLIPConfig:
-    """OpenAI's ViT-B/32, with its QuickGELU: what the library's defaults describe."""
-    return CLIPConfig(text_config={"hidden_act": "quick_gelu"}, vision_config={"hidden_act": "quick_gelu"})
+    """OpenAI's ViT-B/32, with QuickGELU."""
+    return CLIPConfig(
+        text_config=sizes(512, 12, 8, hidden_act="quick_gelu"),
+        vision_config=sizes(768, 12, 12, hidden_act="quick_gelu", image_size=224, patch_size=32),
+        projection_dim=512,
+    )
 
 
 def blip_large() -> BlipConfig:
     """ImageReward: ViT-L/16, and BERT-base with cross-attention. The library's eps and heads differ."""
-    vision = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    }
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     return BlipConfig(
-        vision_config={**vision, "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6},
-        text_config={
-            **text,
-            "encoder_hidden_size": 1024,
-            "vocab_size": 30524,
-            "is_decoder": True,
-            "pad_token_id": 0,
-        },
+        vision_config=sizes(1024, 24, 16, image_size=224, patch_size=16, layer_norm_eps=1e-6),
+        text_config=sizes(768, 12, 12, encoder_hidden_size=1024, vocab_size=30524, is_decoder=True, pad_token_id=0),
     )
 
 
@@ -197,21 +183,20 @@ class Cosine(nn.Module):
 
 
 class ImageReward(nn.Module):
-    """BERT reads the prompt while it looks at the image; a head turns its [CLS] state into the raw score."""
+    """BERT reads the prompt while it looks at the image; a head turns its [CLS] state into the raw score.
+
+    The raw score is what the paper tabulates; ImageReward itself publishes the standardised one (`rewards.SCALE`).
+    """
 
     dtype = torch.float32
-    mean, std = (
-        0.16717362830052426,
-        1.0333394966054072,
-    )  # of the raw score: (raw - mean) / std is the published value
 
     def __init__(self, config: BlipConfig):
         super().__init__()
         self.config, self.length = config, 35
         self.vision_model = BlipVisionModel(config.vision_config)
         self.text_model = BlipTextModel(config.text_config, add_pooling_layer=False)
-        sizes = [config.text_config.hidden_size, *getattr(config, "mlp_widths", (1024, 128, 64, 16)), 1]
-        linear = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+        widths = [config.text_config.hidden_size, *getattr(config, "mlp_widths", (1024, 128, 64, 16)), 1]
+        linear = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
         first = [module for layer in linear[:3] for module in (layer, nn.Identity())]  # dropouts stood between them
         self.mlp = nn.ModuleDict({"layers": nn.Sequential(*first, *linear[3:])})  # no activations: that is published
 
@@ -392,8 +377,7 @@ class Reward:
         """What the network keeps of each prompt, stacked over the batch; computed once, without gradient."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
         if new:
-            # inference_mode(False): what an evaluation puts into the cache must still serve a training step
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 columns = self.network.encode_text(*(x.to(device) for x in self.ids(new)))
                 self.cache.update({new[i]: [column[i].clone() for column in columns] for i in range(len(new))})
         rows = [self.cache[prompt] for prompt in prompts]

@@ -9,6 +9,15 @@ from pathlib import Path
 
 VERSION = "0.1.0"
 METHODS = ("diffusion", "refl", "imagerefl")
+FEATURES = Path(__file__).parent / "tiny" / "features"  # the held-out CLIP that judges the tiny base
+PROMPTS = (
+    "a lighthouse on a cliff at dusk, oil painting",
+    "a red bicycle leaning on a brick wall",
+    "a bowl of ramen, photographed from above",
+    "an astronaut playing a violin in a forest",
+    "a portrait of an old fisherman",
+    "a small robot watering a garden",
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,7 @@ class Settings:
     batch_size: int  # images in one forward and backward pass
     accumulate: int  # passes an update
     updates: dict[str, int]
+    prompts: tuple[str, ...]  # for the grids and the table of a run
 
 
 TINY = Settings(
@@ -36,6 +46,24 @@ TINY = Settings(
     batch_size=16,
     accumulate=1,
     updates={"diffusion": 5000, "refl": 60, "imagerefl": 100},
+    prompts=(
+        "octopus",
+        "tiger",
+        "red apple",
+        "cactus",
+        "penguin",
+        "rocket",
+        "frog",
+        "strawberry",
+        "butterfly",
+        "hamburger",
+        "ghost",
+        "car",
+        "owl",
+        "sunflower",
+        "ice cream",
+        "fox",
+    ),  # fmt: skip
 )
 SD15 = Settings(  # Table 1, SD1.5 rows; Section 5.1
     resolution=512,
@@ -47,6 +75,7 @@ SD15 = Settings(  # Table 1, SD1.5 rows; Section 5.1
     batch_size=8,
     accumulate=4,
     updates={"diffusion": 4000, "refl": 2000, "imagerefl": 4000},
+    prompts=PROMPTS,
 )
 SDXL = Settings(  # Table 1, SDXL rows; Section 5.1
     resolution=512,
@@ -58,6 +87,7 @@ SDXL = Settings(  # Table 1, SDXL rows; Section 5.1
     batch_size=4,
     accumulate=4,
     updates={"diffusion": 4000, "refl": 2000, "imagerefl": 4000},
+    prompts=PROMPTS,
 )
 ROWS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
 

@@ -368,3 +368,16 @@ class UNet(nn.Module):
     @staticmethod
     def _recomputed(*args) -> Tensor:
         return checkpoint(Level.cell, *args, use_reentrant=False)
+
+
+@torch.no_grad()
+def initialise(unet: UNet, generator: torch.Generator) -> UNet:
+    """Fresh weights: every convolution and linear layer keeps the variance, every residual branch begins at zero."""
+    for name, module in unet.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            noise = torch.randn(module.weight.shape, generator=generator)
+            branch = name.endswith(("conv2", "to_out.0", "net.2", "proj_out", "conv_out"))
+            module.weight.copy_(noise * (0 if branch else module.weight[0].numel() ** -0.5))
+            if module.bias is not None:
+                module.bias.zero_()
+    return unet

@@ -56,7 +56,7 @@ class VAEConfig:
 
 SD15 = VAEConfig()
 SDXL = VAEConfig(scale=0.13025)
-TINY = VAEConfig(channels=(16, 48, 96, 160), layers=1, latent_channels=16, groups=4, scale=1.0)
+TINY = VAEConfig(channels=(16, 48, 96, 160), layers=1, latent_channels=16, groups=1, scale=1.0)  # more groups lose the colour
 
 
 class ResnetBlock(nn.Module):

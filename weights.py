@@ -9,7 +9,6 @@ without memory (on the meta device) and the file's tensors, memory-mapped, becom
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import cli
 import files
 import layouts
 import lora
@@ -29,10 +29,6 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-GROUP = (
-    2**26
-)  # bytes converted from one mapping of a file: what was read of a mapping stays in memory until it is closed
-
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 CLIP_L |= {"hidden_act": "quick_gelu", "projection_dim": 768, "eos_token_id": 2}  # 2: the end is the largest id
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
@@ -40,7 +36,7 @@ CLIP_G |= {"hidden_act": "gelu", "projection_dim": 1280, "eos_token_id": 2}
 
 
 def read_config(source: str | Path, component: str = "unet") -> dict:
-    """The `config.json` of a component. A single file has none: its header may hold one, else it is a published size."""
+    """The `config.json` of a component. A single file has none: its header may say it, else it is a published one."""
     place = find(source, component)
     if place.is_dir():
         return files.read_json(place / "config.json")
@@ -61,7 +57,7 @@ def read_config(source: str | Path, component: str = "unet") -> dict:
 
 
 def check(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises ValueError naming the first keys that are missing, unexpected or misshaped, and what the file looks like."""
+    """Raises ValueError naming the first keys that are missing, unexpected or misshaped, and what the file is."""
     wrong = [f"missing {key}" for key in expected if key not in tensors]
     wrong += [f"unexpected {key}" for key in tensors if key not in expected]
     wrong += [
@@ -92,23 +88,26 @@ def read_as(expected: dict[str, Tensor], place: Path, known: list[layouts.Layout
 
 
 def converted(read: Callable[[], dict[str, Tensor]], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What `read` maps, on a device and in a type, little by little, so that no second copy is ever in memory."""
+    """What `read` maps, on a device and in a type. What needs no conversion stays a view of the file.
+
+    What was read of a mapping stays in memory until all of it is given back, so the file is mapped anew 32 times.
+    """
     tensors = read()
+    group = sum(t.nbytes for t in tensors.values()) / 32
     done: dict[str, Tensor] = {}
-    size = 0
+    copied = 0
     for key in list(tensors):
-        size += tensors[key].nbytes
-        if size > GROUP:
-            tensors, size = None, 0
-            tensors = read()
         done[key] = tensors[key].to(device, dtype)
+        copied += 0 if done[key] is tensors[key] else tensors[key].nbytes
+        if copied > group:
+            copied, tensors = 0, None
+            tensors = read()
     return done
 
 
 def fill(module: nn.Module, place: Path, known: list[layouts.Layout], device: str, dtype: torch.dtype) -> nn.Module:
     """Give a module on the meta device the weights of a place, strictly."""
     expected = module.state_dict()
-    check(expected, read_as(expected, place, known), place)
     load_strictly(module, converted(lambda: read_as(expected, place, known), device, dtype), place)
     return module.eval()
 
@@ -210,7 +209,7 @@ def save_unet(
     elif layout == "single-file":
         if base is None:
             raise ValueError("a single file also holds an autoencoder and text encoders: say of which base")
-        tensors = single_file(unet, base)
+        tensors = single_file(unet, base, dtype)
         header = modelspec(unet, Path(path).stem) | {"config": json.dumps(_configs(unet, base))} | (metadata or {})
         state.write(path, {key: t.to("cpu", dtype) for key, t in tensors.items()}, {"format": "pt"} | header)
     else:
@@ -222,7 +221,7 @@ def _configs(unet: UNet, base: str | Path) -> dict[str, dict]:
     return {"unet": unet.config.to_dict()} | {name: read_config(base, name) for name in components}
 
 
-def single_file(unet: UNet, base: str | Path) -> dict[str, Tensor]:
+def single_file(unet: UNet, base: str | Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every tensor of an LDM (SD1.5) or SGM (SDXL) file: a UNet, and the autoencoder and text encoders of a base."""
     vae = load_vae(base)
     own = unet.state_dict()
@@ -233,10 +232,10 @@ def single_file(unet: UNet, base: str | Path) -> dict[str, Tensor]:
             t[..., None, None] if convolution else t
         )
     prefix = layouts.CLIP_L_SDXL if unet.config.pooled else layouts.CLIP_L
-    first = _load_clip(base, "text_encoder", "cpu", torch.float32).state_dict()
+    first = _load_clip(base, "text_encoder", "cpu", dtype).state_dict()
     tensors |= {f"{prefix}text_model.{key.removeprefix('text_model.')}": t for key, t in first.items()}
     if unet.config.pooled:
-        second = _load_clip(base, "text_encoder_2", "cpu", torch.float32).state_dict()
+        second = _load_clip(base, "text_encoder_2", "cpu", dtype).state_dict()
         _, names = layouts.of_text(second)[1]
         tensors |= layouts.fuse({layouts.CLIP_G + names[key]: t for key, t in second.items()})
     return tensors
@@ -268,7 +267,7 @@ def inspect(path: Path) -> str:
     return "\n".join(lines)
 
 
-def convert(source: str, path: Path, layout: str, dtype: torch.dtype, base: str | None) -> None:
+def convert(source: str, path: str, layout: str, dtype: torch.dtype, base: str | None) -> None:
     """Rewrite the UNet of a source, or an adapter merged into a base, in another layout."""
     place = find(source, "tuned_unet")
     if place.is_file() and layouts.is_adapter(read_file(place)):
@@ -282,30 +281,25 @@ def convert(source: str, path: Path, layout: str, dtype: torch.dtype, base: str 
     save_unet(unet, path, layout, dtype, base=base or source)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="weights.py", description="Inspect and convert files of weights.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("inspect", help="say what a file is")
-    command.add_argument("file", type=Path)
-    command = commands.add_parser("convert", help="write a UNet in another layout")
-    command.add_argument(
-        "source", metavar="SRC", help="a run, a pipeline's folder, a single file, a hub id, an adapter"
-    )
-    command.add_argument("path", metavar="DST", type=Path, help="the folder, or the .safetensors file, to write")
-    command.add_argument("--layout", choices=("diffusers", "single-file"), default="diffusers")
-    command.add_argument("--dtype", choices=DTYPES, default="fp32")
-    command.add_argument("--base", help="whose autoencoder and text encoders a single file gets; SRC's own by default")
-    args = parser.parse_args(arguments)
-    try:
-        if args.command == "inspect":
-            print(inspect(args.file))
-        else:
-            convert(args.source, args.path, args.layout, DTYPES[args.dtype], args.base)
-    except (ValueError, OSError) as error:
-        print(f"weights.py: {error}".splitlines()[0], file=sys.stderr)
-        return 2
-    return 0
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("command", choices=("inspect", "convert"), help="say what a file is, or rewrite a UNet")
+    parser.add_argument("source", metavar="SRC", help="a file; to convert also a run, a folder, a hub id, an adapter")
+    parser.add_argument("path", metavar="DST", nargs="?", help="the UNet's folder, or the .safetensors file, to write")
+    parser.add_argument("--layout", choices=("diffusers", "single-file"), default="diffusers")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--base", help="whose autoencoder and text encoders a single file gets; SRC's own by default")
+    return parser.parse(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.command == "inspect":
+        print(inspect(Path(args.source)))
+    elif args.path is None:
+        raise ValueError("convert SRC DST: no DST, the folder or file to write")
+    else:
+        convert(args.source, args.path, args.layout, DTYPES[args.dtype], args.base)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main, arguments())

@@ -1,0 +1,539 @@
+"""Every published form of the weights is read, strictly, and what is written is read by others.
+
+Mini models of the real classes, filled by the recipe on the keys of each layout; outputs are golden ones of diffusers.
+"""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from recipe import GOLDEN, fill, filled, golden, golden_config
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import files
+import layouts
+import lora
+import unet as unets
+import vae as vaes
+import weights
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+ROOT = Path(__file__).parent.parent
+SINGLE = json.loads(gzip.decompress((GOLDEN / "keys_single_file.json.gz").read_bytes()))
+FOLDERS = json.loads((GOLDEN / "keys_diffusers_layout.json").read_text())
+CLIP = {"vocab_size": 99, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 77}
+MINI = {
+    "sd15": {
+        "unet": golden_config("unet_sd15_mini"),
+        "text_encoder": CLIP | {"hidden_size": 48, "intermediate_size": 96},
+    },
+    "sdxl": {
+        "unet": golden_config("unet_sdxl_mini"),
+        "text_encoder": CLIP | {"hidden_size": 32, "intermediate_size": 64},
+        "text_encoder_2": CLIP | {"hidden_size": 48, "intermediate_size": 96, "projection_dim": 40},
+    },
+}
+for base in MINI.values():
+    base["vae"] = golden_config("vae_mini")
+BOTH = pytest.mark.parametrize("base", MINI)
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def by_recipe(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    return {key: fill(key, shape) for key, shape in shapes.items()}
+
+
+def outputs(unet: UNet, name: str) -> torch.Tensor:
+    g, _ = golden(name)
+    inputs = {"timesteps": g["timestep"], "context": g["context"]}
+    if "text_embeds" in g:
+        inputs |= {"pooled": g["text_embeds"], "time_ids": g["time_ids"]}
+    with torch.no_grad():
+        return unet(g["sample"], **inputs)
+
+
+def clip(base: str, component: str):
+    kind = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
+    return filled(kind(CLIPTextConfig(**MINI[base][component])))
+
+
+def on_disk(model) -> dict[str, torch.Tensor]:
+    """A text encoder's tensors as the official folders name them."""
+    tensors = {f"text_model.{k.removeprefix('text_model.')}": t for k, t in model.state_dict().items()}
+    tensors = {k.removeprefix("text_model.") if "text_projection" in k else k: t for k, t in tensors.items()}
+    return tensors | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+
+
+def write_component(folder: Path, config: dict, tensors: dict, name: str = "diffusion_pytorch_model") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / f"{name}.safetensors")
+
+
+def write_pipeline(folder: Path, base: str) -> Path:
+    """A mini pipeline in the diffusers layout, with the quirks of the official folders."""
+    config = MINI[base]
+    unet = filled(UNet(UNetConfig.from_dict(config["unet"])))
+    vae = filled(VAE(VAEConfig.from_dict(config["vae"])))
+    write_component(folder / "unet", {"_class_name": "UNet2DConditionModel"} | config["unet"], unet.state_dict())
+    write_component(folder / "vae", {"_class_name": "AutoencoderKL"} | config["vae"], vae.state_dict())
+    for component in ("text_encoder", "text_encoder_2"):
+        if component in config:
+            model = clip(base, component)
+            stored = {"architectures": [type(model).__name__]} | config[component]
+            write_component(folder / component, stored, on_disk(model), "model")
+    return folder
+
+
+def write_single(path: Path, unet: str, extra: dict | None = None) -> Path:
+    """A mini LDM / SGM file by the recipe, with tensors that no module has, as the official files have them."""
+    tensors = by_recipe(SINGLE[unet]) | by_recipe(SINGLE["vae_mini"])
+    tensors |= {"alphas_cumprod": torch.rand(1000), "model_ema.decay": torch.tensor(0.9)} | (extra or {})
+    config = {"unet": golden_config(unet), "vae": golden_config("vae_mini")}
+    save_file(tensors, path, {"config": json.dumps(config)})
+    return path
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# names
+
+
+@pytest.mark.parametrize(("config", "name"), [(unets.SD15, "sd15_unet"), (unets.SDXL, "sdxl_unet")])
+def test_full_size_unet_names_map_onto_each_other_completely(config, name):
+    single = {layouts.UNET + layouts.unet_name(key, config): shape for key, shape in FOLDERS[name].items()}
+    assert single == SINGLE[name]
+
+
+def test_full_size_vae_names_map_onto_each_other_completely():
+    single = {layouts.VAE + layouts.vae_name(key, 4): shape for key, shape in FOLDERS["vae"].items()}
+    assert {key: shape + [1] * (len(SINGLE["vae"][key]) - len(shape)) for key, shape in single.items()} == SINGLE["vae"]
+
+
+def test_full_size_text_encoders_are_told_apart_by_their_projection():
+    assert layouts.of_text(FOLDERS["clip_l_text"])[2][0] == layouts.CLIP_L
+    prefix, names = layouts.of_text(FOLDERS["open_clip_g_text"])[1]
+    assert prefix == layouts.CLIP_G
+    assert names["text_model.encoder.layers.31.mlp.fc2.bias"] == "transformer.resblocks.31.mlp.c_proj.bias"
+    assert len(set(names.values())) == 517
+
+
+# reading, against outputs of diffusers
+
+
+@pytest.mark.parametrize("name", ["unet_sd15_mini", "unet_sdxl_mini"])
+def test_golden_unet_output_from_a_single_file(name, tmp_path):
+    unet = weights.load_unet(write_single(tmp_path / "model.safetensors", name))
+    assert (outputs(unet, name) - golden("single_file_mini")[0][f"{name}.output"]).abs().max() <= 1e-5
+
+
+def test_golden_unet_output_from_a_ckpt(tmp_path):
+    name = "unet_sd15_mini"
+    config = golden_config(name)
+    torch.save({"state_dict": by_recipe(SINGLE[name]), "global_step": 3}, tmp_path / "diffusion_pytorch_model.ckpt")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    unet = weights.load_unet(tmp_path / "diffusion_pytorch_model.ckpt")
+    assert (outputs(unet, name) - golden("single_file_mini")[0][f"{name}.output"]).abs().max() <= 1e-5
+
+
+def check_vae(vae: VAE, name: str) -> None:
+    inputs, g = golden("vae_mini")[0], golden("single_file_mini")[0]
+    with torch.no_grad():
+        mean, _ = vae.encode(inputs["image"][:1])
+        decoded = vae.decode(inputs["latent"][:1] * vae.config.scale)
+    assert (mean - g[f"{name}.mean"]).abs().max() <= 1e-5
+    assert (decoded - g[f"{name}.decoded"]).abs().max() <= 1e-5
+
+
+def test_golden_vae_outputs_from_a_single_file(tmp_path):
+    check_vae(weights.load_vae(write_single(tmp_path / "model.safetensors", "unet_sd15_mini")), "vae_mini")
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_golden_vae_outputs_from_the_older_attention_names(convolutions, tmp_path):
+    tensors = by_recipe(SINGLE["vae_mini_legacy_attention"])
+    old = [key for key, t in tensors.items() if ".attentions." in key and t.ndim == 2]
+    assert len(old) == 8
+    if convolutions:
+        tensors |= {key: tensors[key][..., None, None] for key in old}
+    write_component(tmp_path, {"_class_name": "AutoencoderKL"} | golden_config("vae_mini"), tensors)
+    check_vae(weights.load_vae(tmp_path), "vae_mini_legacy_attention")
+
+
+def test_averaged_weights_are_preferred_as_in_the_published_folder(tmp_path):
+    name = "unet_sd15_mini"
+    plain = by_recipe(SINGLE[name])
+    averaged = {}
+    for key, tensor in plain.items():  # as the LDM code names a copy: the dots are taken out
+        averaged["model_ema." + key.removeprefix("model.").replace(".", "")] = tensor.clone()
+    noise = {key: tensor + 1 for key, tensor in plain.items()}
+    unet = weights.load_unet(write_single(tmp_path / "v1-5-pruned.safetensors", name, noise | averaged))
+    assert (outputs(unet, name) - golden("single_file_mini")[0][f"{name}.output"]).abs().max() <= 1e-5
+
+
+def test_open_clip_text_encoder_gives_open_clips_features(tmp_path):
+    """The golden features are those of HPSv2's open_clip: fused q, k, v, and a projection that multiplies from the right."""
+    g, meta = golden("clip_open_clip_mini")
+    c = json.loads(meta["config"])
+    config = {"hidden_size": c["text_width"], "intermediate_size": c["text_mlp"], "hidden_act": "gelu"}
+    config |= {"num_attention_heads": c["text_heads"], "num_hidden_layers": 3, "projection_dim": c["embed_dim"]}
+    with torch.device("meta"):
+        keys = CLIPTextModelWithProjection(CLIPTextConfig(**config)).state_dict()
+    _, names = layouts.of_text(keys)[1]
+    shapes = {names[key]: t for key, t in keys.items()}
+    fused = {key: t.shape for key, t in layouts.fuse({"x." + k: t for k, t in shapes.items()}).items()}
+    tensors = {layouts.CLIP_G + k[2:]: fill(k[2:], shape) for k, shape in fused.items()}
+    tensors[layouts.CLIP_G + "logit_scale"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "x.safetensors", {"config": json.dumps({"text_encoder_2": config})})
+    model = weights._load_clip(tmp_path / "x.safetensors", "text_encoder_2", "cpu", torch.float32)
+    with torch.no_grad():
+        assert (model(g["input_ids"]).text_embeds - g["text_features"]).abs().max() <= 1e-5
+
+
+# A -> B -> A
+
+
+@BOTH
+def test_folder_to_single_file_to_folder_is_equal(base, tmp_path):
+    a, b = write_pipeline(tmp_path / "a", base), tmp_path / "b.safetensors"
+    weights.save_unet(weights.load_unet(a), b, "single-file", base=a)
+    for load in (weights.load_unet, weights.load_vae):
+        assert same(load(a).state_dict(), load(b).state_dict())
+    for component in MINI[base].keys() - {"unet", "vae"}:
+        models = [weights._load_clip(place, component, "cpu", torch.float32) for place in (a, b)]
+        assert same(models[0].state_dict(), models[1].state_dict())
+    weights.save_unet(weights.load_unet(b), tmp_path / "c")
+    assert same(weights.load_unet(a).state_dict(), weights.load_unet(tmp_path / "c").state_dict())
+
+
+@BOTH
+def test_single_file_to_folder_to_single_file_is_equal(base, tmp_path):
+    pipeline, a = write_pipeline(tmp_path / "pipeline", base), tmp_path / "a.safetensors"
+    weights.save_unet(weights.load_unet(pipeline), a, "single-file", base=pipeline)
+    weights.save_unet(weights.load_unet(a), tmp_path / "b")
+    weights.save_unet(weights.load_unet(tmp_path / "b"), tmp_path / "c.safetensors", "single-file", base=a)
+    assert same(load_file(a), load_file(tmp_path / "c.safetensors"))
+
+
+@BOTH
+def test_a_single_file_holds_the_official_names_and_shapes_and_no_other(base, tmp_path):
+    pipeline = write_pipeline(tmp_path / "pipeline", base)
+    weights.save_unet(weights.load_unet(pipeline), tmp_path / "x.safetensors", "single-file", base=pipeline)
+    written = {key: list(t.shape) for key, t in load_file(tmp_path / "x.safetensors").items()}
+    expected = SINGLE[f"unet_{base}_mini"] | SINGLE["vae_mini"]
+    assert {key: shape for key, shape in written.items() if key in expected} == expected
+    text = [key for key in written if key not in expected]
+    assert all(key.startswith((layouts.CLIP_L, layouts.CLIP_L_SDXL, layouts.CLIP_G)) for key in text)
+    if base == "sdxl":
+        assert written[layouts.CLIP_G + "transformer.resblocks.2.attn.in_proj_weight"] == [144, 48]
+        assert written[layouts.CLIP_G + "text_projection"] == [48, 40]
+
+
+@pytest.mark.parametrize("name", weights.DTYPES)
+def test_written_type_and_metadata(name, tmp_path):
+    pipeline = write_pipeline(tmp_path / "pipeline", "sd15")
+    unet, dtype = weights.load_unet(pipeline), weights.DTYPES[name]
+    for path, layout in ((tmp_path / "x.safetensors", "single-file"), (tmp_path / "unet", "diffusers")):
+        weights.save_unet(unet, path, layout, dtype, {"modelspec.title": "mine"}, base=pipeline)
+        read = weights.load_unet(path, dtype=dtype).state_dict()
+        assert same(read, {key: t.to(dtype) for key, t in unet.state_dict().items()})
+        file = path if path.is_file() else path / "diffusion_pytorch_model.safetensors"
+        assert {t.dtype for t in load_file(file).values()} == {dtype}
+        assert files.read_metadata(file)["modelspec.title"] == "mine"
+    metadata = files.read_metadata(tmp_path / "x.safetensors")
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
+    assert metadata["modelspec.resolution"] == "512x512"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "pipeline",
+        "unet",
+        "x.safetensors",
+    ]  # nothing temporary
+
+
+def test_a_compiled_unet_is_saved_under_its_own_names(tmp_path):
+    unet = filled(UNet(UNetConfig.from_dict(MINI["sd15"]["unet"])))
+    weights.save_unet(torch.compile(unet), tmp_path)
+    assert same(weights.load_unet(tmp_path).state_dict(), unet.state_dict())
+
+
+def test_training_on_mapped_weights_leaves_the_file_alone(tmp_path):
+    pipeline = write_pipeline(tmp_path, "sd15")
+    unet = weights.load_unet(pipeline)
+    before = unet.conv_in.weight.detach().clone()
+    with torch.no_grad():
+        unet.conv_in.weight.add_(1)
+    assert torch.equal(weights.load_unet(pipeline).conv_in.weight, before)
+
+
+# folders
+
+
+def test_a_component_alone_and_its_file_alone_are_read(tmp_path):
+    pipeline = write_pipeline(tmp_path, "sdxl")
+    expected = weights.load_unet(pipeline).state_dict()
+    assert same(weights.load_unet(pipeline / "unet").state_dict(), expected)
+    assert same(weights.load_unet(pipeline / "unet" / "diffusion_pytorch_model.safetensors").state_dict(), expected)
+    assert same(weights.load_vae(pipeline / "vae").state_dict(), weights.load_vae(pipeline).state_dict())
+
+
+def shard(folder: Path) -> None:
+    """Cut a component's file in two, as the authors' SDXL models are."""
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(whole)
+    names, index = sorted(tensors), {}
+    for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"diffusion_pytorch_model-0000{i}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in part}, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    whole.unlink()
+
+
+def test_shards_are_read_and_a_missing_one_is_named(tmp_path):
+    pipeline = write_pipeline(tmp_path, "sdxl")
+    expected = {key: t.clone() for key, t in weights.load_unet(pipeline).state_dict().items()}
+    shard(pipeline / "unet")
+    assert same(weights.load_unet(pipeline).state_dict(), expected)
+    (pipeline / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"index.json: names .*00002-of-00002.* 1 of 2"):
+        weights.load_unet(pipeline)
+
+
+@pytest.mark.parametrize("ending", [".fp16.safetensors", ".bin"])
+def test_half_precision_variants_and_pickled_components_are_read(ending, tmp_path):
+    pipeline = write_pipeline(tmp_path, "sd15")
+    expected = {key: t.half() for key, t in weights.load_unet(pipeline).state_dict().items()}
+    whole = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    whole.unlink()
+    path = whole.with_name("diffusion_pytorch_model" + ending)
+    save_file(expected, path) if ending.endswith("safetensors") else torch.save(expected, path)
+    assert same(weights.load_unet(pipeline, dtype=torch.float16).state_dict(), expected)
+    assert weights.load_unet(pipeline).conv_in.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("repo", ["stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"])
+def test_the_hubs_cache_is_read_without_the_hub(repo, tmp_path):
+    place = tmp_path / "cache" / f"models--{repo.replace('/', '--')}"
+    write_pipeline(place / "snapshots" / "abc", "sd15")
+    expected = weights.load_unet(place / "snapshots" / "abc").state_dict()
+    assert same(weights.load_unet("sd15").state_dict(), expected)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("abc")
+    (place / "snapshots" / "older").mkdir()
+    assert same(weights.load_unet(repo).state_dict(), expected)
+
+
+def test_a_single_file_in_the_hubs_cache_is_read(tmp_path):
+    folder = tmp_path / "cache" / "models--stabilityai--stable-diffusion-xl-base-1.0" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    write_single(folder / "sd_xl_base_1.0.safetensors", "unet_sdxl_mini")
+    assert weights.find("sdxl", "unet").name == "sd_xl_base_1.0.safetensors"
+    assert weights.load_unet("sdxl").config == UNetConfig.from_dict(golden_config("unet_sdxl_mini"))
+
+
+# what is published beside the base models
+
+
+def test_the_authors_folders_hold_both_unets(tmp_path):
+    folder = write_pipeline(tmp_path, "sdxl")
+    (folder / "unet").rename(folder / "original_unet")
+    tuned = filled(UNet(UNetConfig.from_dict(MINI["sdxl"]["unet"])))
+    tuned.conv_out.bias.data += 1
+    config = {"_class_name": "UNet2DConditionModel"} | MINI["sdxl"]["unet"]
+    write_component(folder / "fine_tuned_unet", config, tuned.state_dict())
+    shard(folder / "fine_tuned_unet")
+    base, loaded = weights.load_tuned(folder, "tiny")  # whose base is not looked for: the folder brings its own
+    golden_output = golden("unet_sdxl_mini")[0]["output"]
+    assert (outputs(base, "unet_sdxl_mini") - golden_output).abs().max() <= 1e-5
+    assert (outputs(loaded, "unet_sdxl_mini") - golden_output - 1).abs().max() <= 1e-5
+    assert same(weights.load_unet(folder).state_dict(), base.state_dict())
+
+
+def test_a_run_is_read_with_its_base(tmp_path):
+    base = write_pipeline(tmp_path / "base", "sd15")
+    weights.save_unet(weights.load_unet(base), tmp_path / "run" / "unet")
+    first, second = weights.load_tuned(tmp_path / "run", base)
+    assert first is not second
+    assert torch.equal(outputs(first, "unet_sd15_mini"), outputs(second, "unet_sd15_mini"))
+
+
+def test_a_run_of_another_base_is_told_by_its_flag(tmp_path):
+    run = write_pipeline(tmp_path / "run", "sdxl")
+    with pytest.raises(ValueError, match=r"run: takes text of width 80, the base 48; --base"):
+        weights.load_tuned(run, write_pipeline(tmp_path / "base", "sd15"))
+
+
+# errors
+
+
+def message(source, load=weights.load_unet) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load(source)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def rewrite(path: Path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_missing_unexpected_and_misshaped_keys_are_named_and_counted(tmp_path):
+    place = write_pipeline(tmp_path, "sd15") / "unet"
+    path = place / "diffusion_pytorch_model.safetensors"
+    rewrite(path, lambda t: t.update(stranger=torch.zeros(1)))
+    assert "1 keys do not fit: unexpected stranger" in message(place)
+    rewrite(path, lambda t: (t.pop("stranger"), t.pop("conv_in.bias"), t.update({"conv_out.bias": torch.zeros(7)})))
+    assert "2 keys do not fit: missing conv_in.bias; conv_out.bias has shape (7,) instead of (4,)" in message(place)
+
+
+def test_a_stranger_inside_a_single_files_component_is_refused(tmp_path):
+    extra = {"model.diffusion_model.middle_block.9.weight": torch.zeros(1)}
+    path = write_single(tmp_path / "x.safetensors", "unet_sd15_mini", extra)
+    assert "1 keys do not fit: unexpected middle_block.9.weight" in message(path)
+    assert weights.load_vae(path)
+
+
+def test_another_bases_file_is_told_with_the_flag_that_fits(tmp_path):
+    place = write_pipeline(tmp_path, "sd15") / "unet"
+    unet = filled(UNet(UNetConfig.from_dict(MINI["sdxl"]["unet"])))
+    save_file(unet.state_dict(), place / "diffusion_pytorch_model.safetensors")
+    assert message(place).endswith("looks like an SDXL UNet; --base sdxl")
+    (tmp_path / "refiner.safetensors").touch()
+    save_file({"conditioner.embedders.0.model.ln_final.bias": torch.zeros(1)}, tmp_path / "refiner.safetensors")
+    assert "the SDXL refiner, which is not supported" in message(tmp_path / "refiner.safetensors")
+
+
+@pytest.mark.parametrize("file", ["evil.pth", "evil_plain.ckpt"])
+def test_hostile_pickles_are_refused_and_leave_no_trace(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for load in (weights.load_unet, weights.load_vae, weights.load_text, weights.read_file):
+        assert f"{file}: refused" in message(GOLDEN / file, load)
+    shutil.copy(GOLDEN / file, tmp_path / "diffusion_pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"} | MINI["sd15"]["unet"]))
+    assert "refused" in message(tmp_path)
+    assert sorted(os.listdir()) == ["config.json", "diffusion_pytorch_model.bin"]
+
+
+def test_a_checkpoint_that_names_its_trainers_callback_is_read_without_it(tmp_path):
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = type(sys)(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    sys.modules |= {name: module}
+    try:
+        torch.save(
+            {"state_dict": {"x": torch.ones(2)}, "callbacks": {module.ModelCheckpoint: {"best": 1}}},
+            tmp_path / "x.ckpt",
+        )
+    finally:
+        del sys.modules[name]
+    assert torch.equal(weights.read_file(tmp_path / "x.ckpt")["x"], torch.ones(2))
+
+
+def test_damaged_and_half_present_folders_are_one_clear_line(tmp_path):
+    place = write_pipeline(tmp_path, "sd15") / "unet"
+    path = place / "diffusion_pytorch_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "not a whole safetensors file" in message(place)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "a Git LFS pointer" in message(place)
+    path.unlink()
+    assert "no weights; put diffusion_pytorch_model.safetensors" in message(place)
+    (place / "config.json").write_text("{")
+    assert "config.json: not JSON" in message(place)
+    (place / "config.json").unlink()
+    assert "unet: no config.json" in message(tmp_path)
+    assert "no such file or folder" in message(tmp_path / "nowhere")
+    assert "vae: no unet/config.json" in message(tmp_path / "vae")
+
+
+@pytest.mark.parametrize("source", ["sd15", "sdxl", "ControlGenAI/ImageReFL_HPS_SD"])
+def test_a_base_without_weights_says_what_to_get_and_where_to_put_it(source):
+    text = message(source)
+    for part in (
+        files.BASES.get(source, source),
+        "unet/",
+        "text_encoder",
+        "HF_HUB_OFFLINE",
+        files.SINGLE.get(files.BASES.get(source), ""),
+    ):
+        assert part in text
+
+
+def test_sdxls_autoencoder_is_never_in_half_precision(tmp_path):
+    config = {"_class_name": "AutoencoderKL"} | golden_config("vae_mini") | {"scaling_factor": 0.13025}
+    write_component(tmp_path, config, filled(VAE(VAEConfig.from_dict(config))).state_dict())
+    assert weights.load_vae(tmp_path, dtype=torch.bfloat16).config.scale == 0.13025
+    with pytest.raises(ValueError, match="overflows in float16"):
+        weights.load_vae(tmp_path, dtype=torch.float16)
+
+
+# the command
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    call = [sys.executable, str(ROOT / "weights.py"), *map(str, arguments)]
+    return subprocess.run(call, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def test_convert_writes_and_inspect_tells(tmp_path):
+    pipeline, path = write_pipeline(tmp_path / "pipeline", "sdxl"), tmp_path / "x.safetensors"
+    done = command("convert", pipeline, path, "--layout", "single-file", "--dtype", "fp16")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert same(
+        weights.load_unet(path).state_dict(),
+        {k: t.half().float() for k, t in weights.load_unet(pipeline).state_dict().items()},
+    )
+    told = command("inspect", path).stdout
+    assert (
+        "an SDXL single file" in told
+        and "float16" in told
+        and "modelspec.architecture: stable-diffusion-xl-v1-base" in told
+    )
+
+
+def test_an_adapter_is_merged_into_its_base(tmp_path):
+    pipeline = write_pipeline(tmp_path / "pipeline", "sd15")
+    unet = weights.load_unet(pipeline)
+    for parameter in lora.add(unet, 2):
+        parameter.data.normal_()
+    lora.save(unet, tmp_path / "run")
+    weights.convert(tmp_path / "run", tmp_path / "merged", "diffusers", torch.float32, str(pipeline))
+    difference = outputs(weights.load_unet(tmp_path / "merged"), "unet_sd15_mini") - outputs(unet, "unet_sd15_mini")
+    assert difference.abs().max() <= 1e-4
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+    import cli
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    for arguments in (
+        ["inspect", tmp_path / "nowhere"],
+        ["inspect", GOLDEN / "evil.pth"],
+        ["convert", tmp_path / "x.safetensors", tmp_path / "y"],
+        ["convert", tmp_path / "x.safetensors"],
+        ["convert", tmp_path / "x.safetensors", tmp_path / "y", "--dtype", "fp8"],
+    ):
+        with pytest.raises(SystemExit) as left:
+            cli.run(weights.main, weights.arguments([str(a) for a in arguments]))
+        out, error = capsys.readouterr()
+        assert left.value.code == 2 and error.count("\n") == 1 and out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
