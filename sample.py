@@ -1,0 +1,120 @@
+"""Sample: combined generation (Eq. 3), the base model in the first `--switch` steps, the tuned one in the rest.
+
+    python sample.py --switch 30
+
+With no `--checkpoint` the newest run under `runs/` is used, else the tuned model that ships with the tiny base. Writes
+one PNG an image, with its settings inside, and a labelled grid.
+"""
+
+import json
+from pathlib import Path
+
+import settings
+from cli import Parser, positive, run
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--prompt", action="append", help="what to draw; may be given several times")
+    add("--prompts", help="file of prompts, one a line, or a JSON list")
+    add("--base", help="tiny, sd15, sdxl, or a folder, file or hub id (default: the checkpoint's base, else tiny)")
+    add("--checkpoint", help="tuned model: a run's folder, a UNet's, an adapter's file, or a published hub id")
+    add("--switch", type=int, help="steps that the base model takes; 0: the tuned one alone (default: the paper's)")
+    add("--aig", type=float, metavar="P", help="instead of a switch: tuned weight (i / T)^P, the AIG baseline")
+    add("--steps", type=positive, default=40)
+    add("--guidance", type=float, help="of the base model (default: 7.5, SDXL 5.0, tiny 4.0); the tuned one has none")
+    add("--eta", type=float, default=1.0, help="0: DDIM, 1: DDPM (default: 1, as in the paper)")
+    add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
+    add("--seed", type=int, default=1, help="of the first image of each prompt; the next have the next seeds")
+    add("--images-per-prompt", type=positive, default=4)
+    add("--batch-size", type=positive, help="images at a time (default: 8, tiny 32)")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--output-dir", default="samples")
+    return parser.parse()
+
+
+ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import weights  # noqa: E402
+from combined import aig_weights, generate, switch_weights  # noqa: E402
+from data import read_prompts  # noqa: E402
+from pictures import grid, save_png, to_pictures  # noqa: E402
+from scheduler import Scheduler  # noqa: E402
+
+
+def parameters_line(prompt: str, seed: int, args, size: tuple[int, int]) -> str:
+    """How an image was made, in the form that A1111 writes and others read."""
+    H, W = size
+    sampler = {0.0: "DDIM", 1.0: "DDPM"}.get(args.eta, f"DDIM eta {args.eta:g}")
+    mix = f"AIG: {args.aig:g}" if args.aig is not None else f"Switch: {args.switch}"
+    return (
+        f"{prompt}\nSteps: {args.steps}, Sampler: {sampler}, CFG scale: {args.guidance:g}, Seed: {seed}, "
+        f"Size: {W}x{H}, Model: {args.base}, {mix}, Tuned: {args.checkpoint}, Version: ImageReFL {settings.VERSION}"
+    )
+
+
+def choose(args) -> dict:
+    """Fill in checkpoint and base; returns what is known about the run, if it is one of ours."""
+    if args.checkpoint is None:
+        newest = settings.newest_run(Path("runs"))
+        args.checkpoint = str(newest or settings.TUNED)
+        print(
+            f"checkpoint: {args.checkpoint} ({'the newest run' if newest else 'the one that ships with the tiny base'})"
+        )
+    about = Path(args.checkpoint) / "run.json"
+    known = json.loads(about.read_text())["args"] if about.is_file() else {}
+    args.base = args.base or known.get("base", "tiny")
+    return known
+
+
+def main(args) -> None:
+    known = choose(args)
+    row = settings.of(args.base, weights.read_config(args.base, "unet"))
+    args.switch = row.switch.get(known.get("method"), row.start) if args.switch is None else args.switch
+    args.guidance = row.guidance if args.guidance is None else args.guidance
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    resolution = args.resolution or row.resolution
+    batch = args.batch_size or (32 if row is settings.TINY else 8)
+    if args.prompt and args.prompts:
+        raise ValueError("--prompt and --prompts: give one of the two")
+    prompts = args.prompt or (read_prompts(args.prompts) if args.prompts else list(row.prompts))
+    scheduler = Scheduler(args.steps, args.eta)
+    if args.aig is not None:
+        mixture = aig_weights(args.steps, args.aig)
+    else:
+        try:
+            mixture = switch_weights(args.steps, args.switch)
+        except ValueError as error:
+            raise ValueError(f"--switch {args.switch}: {error}") from None
+
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, None: None}[args.dtype]
+    dtype = dtype or (torch.bfloat16 if args.device != "cpu" else torch.float32)
+    base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype)
+    vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
+
+    output, size = Path(args.output_dir), (resolution, resolution)
+    jobs = [(p, args.seed + k) for p in prompts for k in range(args.images_per_prompt)]
+    pictures = []
+    for at in tqdm(range(0, len(jobs), batch), desc="sampling", unit="batch"):
+        asked, seeds = zip(*jobs[at : at + batch], strict=True)
+        images = generate(
+            base, tuned, vae, text, scheduler, mixture, list(asked), list(seeds), size, args.guidance
+        )  # fmt: skip
+        pictures += to_pictures(images)
+    for i, ((prompt, seed), picture) in enumerate(zip(jobs, pictures, strict=True)):
+        path = output / f"{i // args.images_per_prompt:05d}-{seed}.png"
+        save_png(picture, path, parameters_line(prompt, seed, args, size))
+    n = args.images_per_prompt
+    rows = [pictures[i : i + n] for i in range(0, len(pictures), n)]
+    heads = [f"seed {args.seed + k}" for k in range(n)]
+    save_png(grid(rows, prompts, heads, cell=min(256, max(128, resolution))), output / "grid.png")
+    print(f"{len(pictures)} images and grid.png written to {output}")
+
+
+if __name__ == "__main__":
+    run(main, ARGS)

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from recipe import rnd
+
+from combined import aig_weights, combine, guided, plain, switch_weights
+from scheduler import Scheduler, denoise
+
+SCHEDULER = Scheduler(40)
+
+
+def base(x, t, context):
+    return torch.tanh(0.7 * x + context + t / 1000)
+
+
+def tuned(x, t, context):
+    return torch.sin(x - context)
+
+
+CONDITIONING, EMPTY = {"context": rnd("c", 2, 1, 1, 1)}, {"context": torch.zeros(2, 1, 1, 1)}
+
+
+def run(base, tuned, weights, seed=0):
+    return combine(SCHEDULER, base, tuned, weights, rnd("x", 2, 4, 8, 8), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("switch", [0, 1, 10, 30, 39, 40])
+def test_every_switch_is_plain_sampling_when_the_base_is_the_tuned_model(switch):
+    model = plain(base, CONDITIONING)
+    generator = torch.Generator().manual_seed(0)
+    expected = denoise(SCHEDULER, model, rnd("x", 2, 4, 8, 8), SCHEDULER.steps, generator)
+    assert torch.equal(run(model, model, switch_weights(40, switch)), expected)
+
+
+@pytest.mark.parametrize("switch", [0, 10, 40])
+def test_the_base_takes_the_first_steps_and_the_tuned_model_the_rest(switch):
+    calls = []
+
+    def spy(name, unet):
+        def predict(x, t):
+            calls.append((name, t))
+            return unet(x, t, **CONDITIONING)
+
+        return predict
+
+    run(spy("base", base), spy("tuned", tuned), switch_weights(40, switch))
+    assert calls == [("base" if i < switch else "tuned", t) for i, t in enumerate(SCHEDULER.timesteps)]
+
+
+def test_combined_generation_is_two_slices():
+    x, generator = rnd("x", 2, 4, 8, 8), torch.Generator().manual_seed(0)
+    x = denoise(SCHEDULER, plain(base, CONDITIONING), x, SCHEDULER.steps[:30], generator)
+    x = denoise(SCHEDULER, plain(tuned, CONDITIONING), x, SCHEDULER.steps[30:], generator)
+    assert torch.equal(run(plain(base, CONDITIONING), plain(tuned, CONDITIONING), switch_weights(40, 30)), x)
+
+
+def test_guidance_mixes_the_two_predictions():
+    x = rnd("x", 2, 4, 8, 8)
+    expected = 7.5 * base(x, 976, **CONDITIONING) - 6.5 * base(x, 976, **EMPTY)
+    assert torch.allclose(guided(base, CONDITIONING, EMPTY, 7.5)(x, 976), expected, atol=1e-5)
+
+
+def test_guidance_of_1_is_no_guidance():
+    x = rnd("x", 2, 4, 8, 8)
+    assert torch.equal(guided(base, CONDITIONING, EMPTY, 1)(x, 976), base(x, 976, **CONDITIONING))
+
+
+def test_aig_weights_are_the_published_ones():
+    assert [aig_weights(40)[i] for i in (0, 10, 20, 30, 39)] == [0, 0.25, 0.5, 0.75, 0.975]
+    squared = [aig_weights(40, 2)[i] for i in (0, 10, 20, 30, 39)]
+    assert squared == pytest.approx([0, 0.0625, 0.25, 0.5625, 0.9506], abs=5e-5)
+
+
+def test_aig_mixes_both_predictions_at_the_same_latents():
+    x = rnd("x", 2, 4, 8, 8)
+    weights = [0.0] * 39 + [0.25]
+    last = run(lambda x, t: x, lambda x, t: -x, weights)
+    before = combine(SCHEDULER, lambda x, t: x, None, [0.0] * 40, x, torch.Generator().manual_seed(0))
+    x = denoise(SCHEDULER, lambda x, t: x, x, SCHEDULER.steps[:39], torch.Generator().manual_seed(0))
+    assert torch.allclose(last, SCHEDULER.step(39, x, 0.75 * x - 0.25 * x))
+    assert not torch.allclose(last, before)
+
+
+@pytest.mark.parametrize("switch", [-1, 41])
+def test_an_impossible_switch_is_named(switch):
+    with pytest.raises(ValueError, match=f"0..40.*got {switch}"):
+        switch_weights(40, switch)

@@ -1,0 +1,185 @@
+"""ReFL, ImageReFL and the diffusion loss on a mini UNet and VAE: which call carries gradients, and what is computed."""
+
+import pytest
+import torch
+from recipe import filled, rnd
+
+import imagerefl
+import refl
+from diffusion import diffusion_loss, pretraining_loss
+from imagerefl import imagerefl_loss, is_refl_update
+from refl import draw_step, refl_loss, reward_loss
+from scheduler import Scheduler
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+SCHEDULER = Scheduler(40)
+PROMPTS = ["a", "b"]
+CONDITIONING = {"context": rnd("context", 2, 5, 16)}
+
+
+def brightness(images, prompts):
+    assert len(images) == len(prompts)
+    return images.mean((1, 2, 3))
+
+
+@pytest.fixture
+def unet():
+    config = UNetConfig(channels=(32, 32), depths=(1, 0), layers=1, heads=(2, 2), context=16)
+    unet = filled(UNet(config))
+    unet.calls = []  # (timestep, whether gradients flow) of each call
+    forward = unet.forward
+
+    def spy(x, t, *args, **kwargs):
+        unet.calls.append((int(torch.as_tensor(t).flatten()[0]), torch.is_grad_enabled()))
+        return forward(x, t, *args, **kwargs)
+
+    unet.forward = spy
+    return unet
+
+
+@pytest.fixture
+def vae():
+    return filled(VAE(VAEConfig(channels=(32, 32), layers=1))).requires_grad_(False)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def run_refl(unet, vae, seed=0):
+    return refl_loss(unet, vae, brightness, SCHEDULER, (2, 4, 4, 4), CONDITIONING, PROMPTS, seeded(seed))
+
+
+def run_imagerefl(unet, vae, seed=0, start=30, **scales):
+    x0 = rnd("x0", 2, 4, 4, 4)
+    return imagerefl_loss(unet, vae, brightness, SCHEDULER, x0, start, CONDITIONING, PROMPTS, seeded(seed), **scales)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exactly_one_call_of_refl_carries_gradients_and_it_is_the_last(unet, vae, seed):
+    loss, log = run_refl(unet, vae, seed)
+    loss.backward()
+    timesteps, with_gradients = zip(*unet.calls, strict=True)
+    assert list(timesteps) == SCHEDULER.timesteps[: len(timesteps)]
+    assert with_gradients == (False,) * (len(timesteps) - 1) + (True,)
+    assert 30 <= len(timesteps) - 1 <= 39
+    assert loss.item() == pytest.approx(-log["reward"].item())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exactly_two_calls_of_imagerefl_carry_gradients(unet, vae, seed):
+    loss, _ = run_imagerefl(unet, vae, seed)
+    loss.backward()
+    *rollout, (t_f, reward_call), (t_start, diffusion_call) = unet.calls
+    assert [t for t, _ in rollout] + [t_f] == SCHEDULER.timesteps[30 : 31 + len(rollout)]
+    assert not any(gradients for _, gradients in rollout)
+    assert reward_call and diffusion_call
+    assert t_start == SCHEDULER.timesteps[30] == 226
+
+
+def test_frozen_networks_get_no_gradient_and_every_trained_weight_gets_one(unet, vae):
+    loss, _ = run_imagerefl(unet, vae)
+    loss.backward()
+    assert all(p.grad is None for p in vae.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
+
+
+def test_t_f_is_uniform_over_the_last_ten_steps():
+    generator = seeded()
+    drawn = [draw_step(30, SCHEDULER, generator) for _ in range(5000)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=40)
+    assert counts[:30].sum() == 0
+    assert counts[30:].min() > 400
+
+
+def test_refl_gradient_equals_finite_differences(unet, vae):
+    unet, vae = unet.double(), vae.double()
+    conditioning = {"context": CONDITIONING["context"].double()}
+    x_t, weight = rnd("x_t", 2, 4, 4, 4).double(), unet.conv_out.bias
+
+    def value():
+        return reward_loss(unet, vae, brightness, SCHEDULER, x_t, 35, conditioning, PROMPTS)[0]
+
+    value().backward()
+    with torch.no_grad():
+        for i in range(4):
+            weight[i] += 1e-5
+            up = value()
+            weight[i] -= 2e-5
+            down = value()
+            weight[i] += 1e-5
+            assert weight.grad[i].item() == pytest.approx(((up - down) / 2e-5).item(), rel=1e-5)
+
+
+def test_imagerefl_starts_from_the_image_noised_to_t_start(unet, vae, monkeypatch):
+    seen = {}
+
+    def spy(scheduler, predict, x_t, steps, generator):
+        seen["x_t"], seen["steps"] = x_t, list(steps)
+        return x_t
+
+    monkeypatch.setattr(imagerefl, "denoise", spy)
+    monkeypatch.setattr(imagerefl, "draw_step", lambda *_: 33)
+    run_imagerefl(unet, vae)
+    eps = torch.randn(2, 4, 4, 4, generator=seeded())
+    assert torch.equal(seen["x_t"], SCHEDULER.add_noise(rnd("x0", 2, 4, 4, 4), eps, 226))
+    assert seen["steps"] == [30, 31, 32]
+
+
+def test_t_f_equal_to_t_start_takes_no_step_before_the_one_with_gradients(unet, vae, monkeypatch):
+    monkeypatch.setattr(imagerefl, "draw_step", lambda *_: 30)
+    run_imagerefl(unet, vae)
+    assert unet.calls == [(226, True), (226, True)]
+
+
+def test_imagerefl_loss_is_the_scaled_sum_of_eqs_4_and_5(unet, vae):
+    loss, log = run_imagerefl(unet, vae, reward_scale=1e-3, diffusion_scale=1e-5)
+    expected = -1e-3 * log["reward"] + 1e-5 * log["diffusion"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_every_fourth_update_is_one_of_refl():
+    assert [is_refl_update(i) for i in range(8)] == [False, False, False, True] * 2
+
+
+def test_diffusion_loss_is_the_mean_squared_error_of_the_noise():
+    eps = rnd("eps", 3, 4, 8, 8)
+    loss = diffusion_loss(lambda x, t: torch.zeros_like(x), rnd("x", 3, 4, 8, 8), 5, eps, {})
+    assert torch.allclose(loss, eps.square().mean((1, 2, 3)))
+
+
+def test_min_snr_weighs_clean_timesteps_less():
+    def zero(x, t):
+        return torch.zeros_like(x)
+
+    x0 = torch.zeros(4096, 1, 2, 2)
+    plain, log = pretraining_loss(zero, SCHEDULER, x0, {}, seeded())
+    weighted, _ = pretraining_loss(zero, SCHEDULER, x0, {}, seeded(), snr_gamma=5.0)
+    snr = SCHEDULER.abar / (1 - SCHEDULER.abar)
+    expected = (5.0 / snr).clamp(max=1).mean().item()  # the squared error of predicting no noise is 1
+    assert plain.item() == pytest.approx(1, abs=0.05) and log["diffusion"].item() == pytest.approx(plain.item())
+    assert weighted.item() == pytest.approx(expected, abs=0.05)
+
+
+def test_the_reward_sees_the_decoded_predicted_image(unet, vae):
+    x_t, seen = rnd("x_t", 2, 4, 4, 4), {}
+
+    def reward(images, prompts):
+        seen["images"], seen["prompts"] = images, prompts
+        return brightness(images, prompts)
+
+    with torch.no_grad():
+        reward_loss(unet, vae, reward, SCHEDULER, x_t, 35, CONDITIONING, PROMPTS)
+        eps = unet(x_t, 101, **CONDITIONING)
+    abar = SCHEDULER.abar[101].item()
+    x0 = (x_t - (1 - abar) ** 0.5 * eps) / abar**0.5
+    assert torch.allclose(seen["images"], vae.decode(x0), atol=1e-5) and seen["prompts"] == PROMPTS
+
+
+def test_refl_depends_on_its_generator_alone(unet, vae):
+    torch.manual_seed(1)
+    first = run_refl(unet, vae, seed=5)[0]
+    torch.manual_seed(2)
+    assert torch.equal(first, run_refl(unet, vae, seed=5)[0])
+    assert refl.LAST == 10
