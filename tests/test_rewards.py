@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BlipConfig, CLIPConfig, CLIPModel
@@ -607,6 +608,23 @@ def test_hostile_pickles_are_refused_and_leave_no_trace(file, folders, tmp_path,
             read(GOLDEN / file)
     assert rewards.main(["convert-mps", str(GOLDEN / file), "out.safetensors"]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+class Call:
+    """Pickles as a call of a function in a package that a pickled MPS module may name."""
+
+    def __reduce__(self):
+        return transformers.utils.logging.set_verbosity, (10,)
+
+
+def test_what_a_pickle_calls_is_not_called_wherever_it_lives(tmp_path):
+    with pytest.raises(ValueError, match=r"it names builtins\.open"):
+        mps.read_pickled(GOLDEN / "evil.pth")
+    torch.save({"state_dict": {}, "call": Call()}, tmp_path / "call.pth")
+    before = transformers.utils.logging.get_verbosity()
+    with pytest.raises(ValueError, match=r"call\.pth: refused"):
+        mps.read_pickled(tmp_path / "call.pth")
+    assert transformers.utils.logging.get_verbosity() == before != 10
 
 
 @pytest.mark.parametrize("name", rewards.OFFICIAL)
