@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from pictures import to_tensor
@@ -174,7 +174,9 @@ def read_prompts(path: str | Path) -> list[str]:
         raise FileNotFoundError(f"{path}: no such prompt file")
     if path.suffix == ".json":
         rows = read_json(path)
-        prompts = [row.get("prompt") if isinstance(row, dict) else row for row in rows if row]
+        prompts = (
+            [row.get("prompt") if isinstance(row, dict) else row for row in rows] if isinstance(rows, list) else [rows]
+        )
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"{path}: expected a list of strings, or of objects with a prompt")
     else:
@@ -229,9 +231,9 @@ class Stream:
             (i,) = self.indices(1)
             try:
                 rows.append(self.data[i])
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            except (OSError, Image.DecompressionBombError):
                 if i not in self.left_out:
-                    print(f"left out, does not decode: {self.data.rows[i][0]} ({error})", file=sys.stderr)
+                    print(f"left out, does not decode: {self.data.rows[i][0]}", file=sys.stderr)
                 self.left_out.add(i)
                 if len(self.left_out) == len(self.data):
                     raise ValueError(f"none of the {len(self.data)} images decodes") from None
