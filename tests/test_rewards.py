@@ -24,7 +24,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BlipConfig, CLIPConfig, CLIPModel
+from transformers import BlipConfig, CLIPConfig, CLIPModel, CLIPTokenizer
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -572,7 +572,7 @@ def test_a_weighted_sum_is_the_sum_of_the_scaled_rewards(folders, loaded):
 def test_the_pickled_mps_module_is_read_without_its_classes():
     told = json.loads((GOLDEN / "mps_mini_pickled.json").read_text())
     assert "trainer" not in sys.modules
-    state = mps.read_pickled(GOLDEN / "mps_mini_pickled.pth")
+    state = rewards.read_checkpoint("mps", GOLDEN / "mps_mini_pickled.pth")
     assert set(state) == set(told["tensors"])
     for key, expected in told["tensors"].items():
         value = state[key].double()
@@ -652,7 +652,9 @@ def test_missing_files_of_other_kinds_are_named(tmp_path, monkeypatch, folders):
 
 
 def test_the_embedded_rewards_are_pickscores(folders, loaded, tmp_path, monkeypatch):
-    (tmp_path / "tiny").symlink_to(folders["pickscore"])
+    shutil.copytree(folders["pickscore"], tmp_path / "tiny", ignore=shutil.ignore_patterns("tokenizer"))
+    CLIPTokenizer.from_pretrained(folders["pickscore"] / "tokenizer").save_pretrained(tmp_path / "tiny")
+    assert (tmp_path / "tiny" / "tokenizer.json").is_file()  # the form in which transformers writes vocabularies
     monkeypatch.setattr(rewards, "EMBEDDED", tmp_path)
     images = pictures(2)
     tiny, pickscore = (reward(images, ["red", "fox"]) for reward in (rewards.load("tiny"), loaded["pickscore"]))
