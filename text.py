@@ -7,7 +7,7 @@ second one's pooled text, and the image size. S text tokens, D width of the stat
 import torch
 from torch import Tensor
 
-CACHE = 1024  # prompts whose features are kept
+CACHE_BYTES = 2**29  # features of the latest prompts that are kept
 
 
 class TextEncoder:
@@ -35,16 +35,19 @@ class TextEncoder:
         conditioning = {key: torch.cat([f[key] for f in features]) for key in features[0]}
         if len(self.models) == 2:
             H, W = size
-            time_ids = torch.tensor([[H, W, 0, 0, H, W]])  # original size, crop offset, target size
-            conditioning["time_ids"] = time_ids.expand(len(prompts), -1).to(conditioning["context"])
+            time_ids = torch.tensor(
+                [[H, W, 0, 0, H, W]], dtype=torch.float32
+            )  # original size, crop offset, target size
+            conditioning["time_ids"] = time_ids.expand(len(prompts), -1).to(conditioning["context"].device)
         return conditioning
 
     def features(self, prompt: str) -> dict[str, Tensor]:
         """Of one prompt: context (1, S, D), for SDXL also pooled (1, 1280)."""
         if prompt not in self.cache:
-            if len(self.cache) >= CACHE:
+            new = self._encode(prompt)
+            if len(self.cache) * sum(t.nbytes for t in new.values()) >= CACHE_BYTES:
                 self.cache.pop(next(iter(self.cache)))
-            self.cache[prompt] = self._encode(prompt)
+            self.cache[prompt] = new
         return self.cache[prompt]
 
     @torch.no_grad()
@@ -53,7 +56,8 @@ class TextEncoder:
         for model, tokenizer in zip(self.models, self.tokenizers, strict=True):
             length = model.config.max_position_embeddings
             tokens = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            outputs.append(model(tokens.input_ids.to(model.device), output_hidden_states=True))
+            with torch.autocast(model.device.type, enabled=False):  # the same inside and outside of autocast
+                outputs.append(model(tokens.input_ids.to(model.device), output_hidden_states=True))
         if len(outputs) == 1:
             return {"context": outputs[0].last_hidden_state}
         context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)

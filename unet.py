@@ -119,6 +119,7 @@ TINY = UNetConfig(
     heads=(4, 4, 4),
     context=128,
     latent_channels=16,
+    groups=8,
     sample_size=8,
 )
 
