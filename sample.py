@@ -13,7 +13,7 @@ import settings
 from cli import Parser, positive, run
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--prompt", action="append", help="what to draw; may be given several times")
@@ -32,7 +32,7 @@ def parse_args():
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--output-dir", default="samples")
-    return parser.parse()
+    return parser.parse(argv)
 
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once

@@ -10,7 +10,7 @@ import settings
 from cli import Parser, positive, run
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--method", choices=settings.METHODS, default="imagerefl", help="default: imagerefl")
@@ -49,7 +49,7 @@ def parse_args():
     add("--prompts", help="file of prompts for the grids and the final table (default: the base's own)")
     add("--output-dir", help="default: runs/METHOD-BASE, with a number where that is taken")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with the flags that it was started with")
-    return parser.parse()
+    return parser.parse(argv)
 
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once

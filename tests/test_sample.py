@@ -1,0 +1,113 @@
+"""The sampling command on the tiny base."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import cli
+import sample
+import weights
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def base_unet(tmp_path_factory):
+    """The base's own UNet as a "tuned" model."""
+    folder = tmp_path_factory.mktemp("same") / "unet"
+    weights.save_unet(weights.load_unet("tiny"), folder)
+    return str(folder)
+
+
+def run(*flags: str) -> None:
+    sample.main(sample.parse_args([*flags, "--steps", "4"]))
+
+
+def pixels(folder, name: str) -> bytes:
+    return Image.open(folder / name).tobytes()
+
+
+def test_writes_images_a_grid_and_their_settings(tmp_path, base_unet):
+    prompts = ["octopus", "ein grüner Frosch"]
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    run(*flags, "--checkpoint", base_unet, "--switch", "3", "--images-per-prompt", "2", "--output-dir", str(tmp_path))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["00000-1.png", "00000-2.png", "00001-1.png", "00001-2.png", "grid.png"]
+    text = Image.open(tmp_path / "00001-2.png").info["parameters"]
+    first, settings = text.split("\n")
+    assert first == "ein grüner Frosch"
+    assert settings.startswith("Steps: 4, Sampler: DDPM, CFG scale: 4, Seed: 2, Size: 64x64, Model: tiny, Switch: 3")
+    assert Image.open(tmp_path / "00000-1.png").size == (64, 64)
+
+
+def test_every_switch_gives_the_same_image_when_the_base_is_the_tuned_model(tmp_path, base_unet):
+    for switch in (0, 2, 4):
+        flags = ["--checkpoint", base_unet, "--switch", str(switch), "--guidance", "1", "--images-per-prompt", "1"]
+        run("--prompt", "octopus", *flags, "--output-dir", str(tmp_path / str(switch)))
+    images = [pixels(tmp_path / str(switch), "00000-1.png") for switch in (0, 2, 4)]
+    assert images[0] == images[1] == images[2]
+
+
+def test_the_noise_of_an_image_follows_from_its_seed(tmp_path, base_unet):
+    for name, batch, seed in (("one", "1", "1"), ("four", "4", "1"), ("later", "4", "3")):
+        flags = ["--checkpoint", base_unet, "--batch-size", batch, "--seed", seed, "--output-dir", str(tmp_path / name)]
+        run("--prompt", "octopus", *flags)
+    assert pixels(tmp_path / "four", "00000-3.png") == pixels(tmp_path / "later", "00000-3.png")
+    one, four = (
+        torch.frombuffer(bytearray(pixels(tmp_path / n, "00000-4.png")), dtype=torch.uint8) for n in ("one", "four")
+    )
+    assert (one.int() - four.int()).abs().max() <= 1  # another batch size rounds otherwise, and no more
+    assert pixels(tmp_path / "four", "00000-1.png") != pixels(tmp_path / "four", "00000-2.png")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--switch", "41"], "--switch 41"),
+        (["--switch", "-1"], "--switch -1"),
+        (["--steps", "1000"], "steps"),
+        (["--eta", "2"], "eta"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--base", "sd16"], "sd16"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompts", "EMPTY"], "holds no prompt"),
+        (["--prompt", "a", "--prompts", "b"], "--prompts"),
+        (["--resolution", "60"], "60"),
+        (["--checkpoint", "TRUNCATED"], "safetensors"),
+        (["--checkpoint", "NOT_WEIGHTS"], "safetensors"),
+        (["--checkpoint", "OTHER_SHAPE"], "shape"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, named, tmp_path, capsys, monkeypatch, base_unet):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty.txt").write_text("\n")
+    name = "diffusion_pytorch_model.safetensors"
+    whole = (Path(base_unet) / name).read_bytes()
+    config = (Path(base_unet) / "config.json").read_text()
+    bad = {"TRUNCATED": (whole[: len(whole) // 2], config), "NOT_WEIGHTS": (b"<html>", config)}
+    bad["OTHER_SHAPE"] = (whole, config.replace("160", "144"))
+    for folder, (content, settings) in bad.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(content)
+        (tmp_path / folder / "config.json").write_text(settings)
+    flags = [str(tmp_path / flag) if flag in bad else flag for flag in flags]
+    flags = [str(tmp_path / "empty.txt") if flag == "EMPTY" else flag for flag in flags]
+    flags += [] if "--checkpoint" in flags else ["--checkpoint", base_unet]
+    with pytest.raises(SystemExit) as exit:
+        cli.run(sample.main, sample.parse_args([*flags, "--output-dir", str(tmp_path / "out")]))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert exit.value.code == 2 and len(error) == 1 and named in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_needs_no_torch(script):
+    code = f"import sys; sys.argv = ['{script}', '--help']; import runpy\n"
+    code += f"try: runpy.run_path('{script}', run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "False"

@@ -1,0 +1,174 @@
+"""The training command on the tiny base: what it writes, that it can go on, and what it says about bad input."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import cli
+import train
+import weights
+from settings import TINY
+
+
+@pytest.fixture
+def one_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("octopus\n")
+    return str(path)
+
+
+def run(*flags: str) -> None:
+    train.main(train.parse_args([*flags, "--dtype", "float32", "--batch-size", "2", "--sample-every", "0"]))
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_imagerefl_writes_what_it_promises(tmp_path, one_prompt, capsys):
+    folder = tmp_path / "run"
+    run("--method", "imagerefl", "--steps", "4", "--prompts", one_prompt, "--output-dir", str(folder))
+    log = log_of(folder)
+    assert [row["kind"] for row in log] == ["imagerefl"] * 3 + ["refl"]
+    assert all(row["grad_norm"] > 0 for row in log) and "diffusion" in log[0] and "diffusion" not in log[3]
+    tuned, base = weights.load_unet(folder), weights.load_unet("tiny")
+    assert any(not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True))
+    with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        about = file.metadata()
+    assert (about["base"], about["method"], about["reward"], about["step"]) == ("tiny", "imagerefl", "tiny", "4")
+    out = capsys.readouterr().out
+    assert f"python sample.py --checkpoint {folder} --switch 30" in out
+    table = json.loads((folder / "run.json").read_text())["table"]
+    assert set(table) == {"base", "tuned", "--switch 30"}
+    assert all(set(row) == {"reward", "judge", "diversity"} for row in table.values())
+
+
+def test_diffusion_goes_on_to_the_bit(tmp_path):
+    flags = ["--method", "diffusion", "--ema", "0.9", "--warmup", "2", "--save-every", "2"]
+    run(*flags, "--steps", "4", "--output-dir", str(tmp_path / "whole"))
+    run(*flags, "--steps", "2", "--output-dir", str(tmp_path / "half"))
+    about = json.loads((tmp_path / "half" / "run.json").read_text())
+    about["args"]["steps"] = 4
+    (tmp_path / "half" / "run.json").write_text(json.dumps(about))
+    train.main(train.parse_args(["--resume", str(tmp_path / "half")]))
+    for name in ("state.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        whole, half = load_file(tmp_path / "whole" / name), load_file(tmp_path / "half" / name)
+        assert whole.keys() == half.keys() and all(torch.equal(whole[key], half[key]) for key in whole)
+    timeless = [[row | {"seconds": 0} for row in log_of(tmp_path / name)] for name in ("whole", "half")]
+    assert timeless[0] == timeless[1]
+
+
+def test_lora_trains_adapters_alone(tmp_path, one_prompt):
+    folder = tmp_path / "run"
+    run("--method", "refl", "--lora", "2", "--steps", "1", "--prompts", one_prompt, "--output-dir", str(folder))
+    assert (folder / "pytorch_lora_weights.safetensors").exists() and not (folder / "unet").exists()
+    base, tuned = weights.load_tuned(folder, "tiny")
+    x, context = torch.ones(1, 16, 8, 8), torch.ones(1, 4, 128)
+    with torch.no_grad():
+        original = weights.load_unet("tiny")(x, 1, context)
+        assert torch.equal(base(x, 1, context), original)
+        assert not torch.equal(tuned(x, 1, context), original)
+
+
+def test_accumulation_averages_over_the_passes(tmp_path):
+    flags = ["--method", "diffusion", "--steps", "1", "--accumulate", "3"]
+    run(*flags, "--output-dir", str(tmp_path / "run"))
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    assert state["optimizer.0.step"].item() == 1  # one optimizer step an update
+    norm = log_of(tmp_path / "run")[0]["grad_norm"]
+    first_moments = [t for key, t in state.items() if key.endswith("exp_avg")]
+    total = torch.stack([t.square().sum() for t in first_moments]).sum().sqrt().item()
+    assert total == pytest.approx(0.1 * norm, rel=1e-4)
+
+
+def test_the_scale_of_the_loss_does_not_throttle_adam():
+    """With a loss of 1e-3 and less, the first updates are those of the unscaled loss."""
+    moves = []
+    for scale in (1.0, 1e-5):
+        weight = torch.nn.Parameter(torch.zeros(100))
+        optimizer = torch.optim.AdamW([weight], 1e-2, eps=train.ADAM_EPS)
+        for _ in range(3):
+            (scale * 1e-3 * (weight * torch.arange(1.0, 101.0) / 1e3).sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moves.append(weight.detach().clone())
+    assert torch.allclose(*moves, rtol=1e-3)
+    assert moves[0].abs().min() > 0.029
+
+
+def test_frozen_copies_and_a_trained_one_share_no_weights(tmp_path, one_prompt):
+    before = {key: t.clone() for key, t in weights.load_vae("tiny").state_dict().items()}
+    run("--method", "refl", "--steps", "1", "--prompts", one_prompt, "--output-dir", str(tmp_path / "run"))
+    table = json.loads((tmp_path / "run" / "run.json").read_text())["table"]
+    assert table["base"]["reward"] != table["tuned"]["reward"]
+    assert all(torch.equal(before[key], t) for key, t in weights.load_vae("tiny").state_dict().items())
+
+
+def test_pictures_of_a_folder_train_and_bad_ones_are_counted(tmp_path, capsys):
+    lines = []
+    for i in range(3):
+        Image.new("RGB", (80, 70), "red").save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": "red"}))
+    (tmp_path / "1.png").write_bytes(b"broken")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    run("--method", "diffusion", "--data", str(tmp_path), "--steps", "2", "--output-dir", str(tmp_path / "run"))
+    captured = capsys.readouterr()
+    assert "1.png" in captured.err and "1 images did not decode" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--method", "dpo"], "dpo"),
+        (["--base", "sd16"], "sd16"),
+        (["--base", "sd15", "--data", "tiny"], "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        (["--base", "sdxl", "--data", "tiny"], "stabilityai/stable-diffusion-xl-base-1.0"),
+        (["--reward", "beauty"], "beauty"),
+        (["--reward", "pickscore"], "yuvalkirstain/PickScore_v1"),
+        (["--reward", "tiny=x"], "not a number"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "LICENSE"], "prompts alone"),
+        (["--start", "40"], "--start 40"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--steps", "many"], "many"),
+        (["--lora", "2", "--init", "random"], "--lora"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--resolution", "60", "--method", "diffusion"], "60"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--colour", "red"], "--colour"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    output = tmp_path / "run"
+    with pytest.raises(SystemExit) as exit:
+        cli.run(train.main, train.parse_args([*flags, "--output-dir", str(output)]))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert exit.value.code == 2 and len(error) == 1 and named in error[0]
+    assert not output.exists()
+
+
+def test_a_taken_output_folder_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run already"):
+        run("--method", "diffusion", "--steps", "1", "--output-dir", str(tmp_path))
+
+
+def test_underscores_are_dashes():
+    args = train.parse_args(["--batch_size", "3", "--output_dir=a_b"])
+    assert (args.batch_size, args.output_dir) == (3, "a_b")
+
+
+def test_defaults_are_the_papers():
+    args = train.parse_args(["--base", "sd15", "--data", "x"])
+    train.resolve(args, train.settings.SD15)
+    assert (args.steps, args.batch_size * args.accumulate, args.lr, args.start) == (4000, 32, 3e-4, 30)
+    args = train.parse_args(["--base", "sdxl", "--data", "x", "--method", "refl"])
+    train.resolve(args, train.settings.SDXL)
+    assert (args.steps, args.batch_size * args.accumulate, args.lr, args.start) == (2000, 16, 3e-4, 35)
+    assert TINY.start == 30
