@@ -54,7 +54,6 @@ def parse_args(argv=None):
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
 
-import contextlib  # noqa: E402
 import copy  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
@@ -62,6 +61,7 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -81,6 +81,7 @@ from scheduler import Scheduler  # noqa: E402
 from unet import UNet, UNetConfig, initialise  # noqa: E402
 
 SCHEDULER = Scheduler(40, eta=1.0)
+STATE = "state.safetensors"
 ADAM_EPS = 1e-15  # the loss is scaled by 1e-3 and less, so that Adam's usual 1e-8 would throttle the update
 
 
@@ -132,223 +133,247 @@ def rate(args, update: int) -> float:
     return args.lr * warm * decay
 
 
+def autocast(args):
+    """bf16 where it was asked for. Weights that train stay float32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def load_models(args, config: dict) -> SimpleNamespace:
+    """Everything with weights: `unet` trains, the rest is frozen; None for what the method does not need."""
+    device, tunes = args.device, args.method != "diffusion"
+    frozen = torch.bfloat16 if args.dtype == "bfloat16" and device != "cpu" else torch.float32
+    m = SimpleNamespace(base=None, reward=None, judge=None, ema=None)
+    if tunes:
+        m.reward = rewards.build(args.reward, args.reward_weights, device, frozen if frozen != torch.float32 else None)
+        m.judge = rewards.load(args.judge, None, device) if args.judge else None
+    m.text = weights.load_text(args.base, device, frozen)
+    m.vae = weights.load_vae(args.base, device, frozen).requires_grad_(False)
+    if args.init == "random":
+        m.unet = initialise(UNet(UNetConfig.from_dict(config)), generator_of(args.seed)).to(device)
+    else:
+        m.unet = weights.load_unet(args.base, device)
+    if args.lora:
+        m.parameters = lora.add(m.unet, args.lora, generator=generator_of(args.seed))
+        m.base, m.tuned = lora.halves(m.unet)  # one set of weights
+    else:
+        m.parameters, m.tuned = list(m.unet.parameters()), m.unet
+        m.base = copy.deepcopy(m.unet).to(frozen).requires_grad_(False) if tunes else None
+    if args.ema:
+        m.ema = copy.deepcopy(m.unet).requires_grad_(False)
+    m.unet.checkpointing = m.vae.decoder.checkpointing = args.checkpointing
+    m.net = torch.compile(m.unet) if args.compile else m.unet  # what the losses call
+    m.vae.decode = torch.compile(m.vae.decode) if args.compile else m.vae.decode
+    return m
+
+
 @torch.no_grad()
-def encode_all(vae, data, autocast, device: str) -> tuple[list, list[str]]:
-    """Posterior means, log-variances and captions of a whole data set, in half precision."""
+def encode_all(args, vae, data) -> tuple[torch.Tensor, list[str]]:
+    """Posteriors (N, 2, C, H, W) of a whole data set, mean and log-variance in half precision, and its captions."""
     moments, captions = [], []
     for start in tqdm(range(0, len(data), 64), desc="encoding", unit="batch"):
-        rows = [data[i] for i in range(start, min(start + 64, len(data)))]
-        with autocast():
-            mean, logvar = vae.encode(torch.stack([image for image, _ in rows]).to(device))
-        moments.append(torch.stack([mean, logvar], 1).half().cpu())  # (B, 2, C, H, W)
-        captions += [caption for _, caption in rows]
+        images, texts = zip(*(data[i] for i in range(start, min(start + 64, len(data)))), strict=True)
+        with autocast(args):
+            moments.append(torch.stack(vae.encode(torch.stack(images).to(args.device)), 1).half().cpu())
+        captions += texts
     return torch.cat(moments), captions
+
+
+def next_batch(args, m, stream: Stream, cache, generator) -> tuple:
+    """Scaled latents of the next real images (None for ReFL, which needs none), and their captions."""
+    if cache:
+        moments, captions = cache
+        rows = stream.indices(args.batch_size)
+        return m.vae.draw(*moments[rows].to(args.device).float().unbind(1), generator), [captions[i] for i in rows]
+    images, captions = stream.batch(args.batch_size)
+    if args.method == "refl":
+        return None, captions
+    with torch.no_grad():
+        return m.vae.sample(images.to(args.device), generator), captions
+
+
+def loss_of(args, m, x0, prompts: list[str], update: int, generator) -> tuple[torch.Tensor, dict]:
+    """The loss of one pass by the method, and what to log."""
+    size = (args.resolution, args.resolution)
+    if args.method == "diffusion":
+        dropped = torch.rand(len(prompts), generator=generator) < args.caption_dropout  # for guidance
+        prompts = ["" if drop else prompt for drop, prompt in zip(dropped, prompts, strict=True)]
+        return pretraining_loss(m.net, SCHEDULER, x0, m.text(prompts, size), generator, args.snr_gamma)
+    conditioning = m.text(prompts, size)
+    if args.method == "refl" or is_refl_update(update):
+        shape = (len(prompts), m.vae.config.latent_channels, *(side // m.vae.factor for side in size))
+        loss, log = refl_loss(m.net, m.vae, m.reward, SCHEDULER, shape, conditioning, prompts, generator)
+        return args.reward_scale * loss, log
+    return imagerefl_loss(
+        m.net, m.vae, m.reward, SCHEDULER, x0, args.start, conditioning, prompts, generator,
+        args.reward_scale, args.diffusion_scale,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, switch: int) -> torch.Tensor:
+    """`count` images a prompt, seeds 0, 1, ..., the base model taking the first `switch` of 40 steps.
+
+    In plain diffusion there is no base: the model in training takes all steps, with guidance. (N, 3, H, W).
+    """
+    base, tuned = (m.ema or m.unet,) * 2 if args.method == "diffusion" else (m.base, m.tuned)
+    asked, seeds = [p for p in prompts for _ in range(count)], list(range(count)) * len(prompts)
+    made, chunk = [], 2 * args.batch_size
+    for part in (slice(at, at + chunk) for at in range(0, len(asked), chunk)):
+        with autocast(args):
+            images = generate(
+                base, tuned, m.vae, m.text, SCHEDULER, switch_weights(40, switch),
+                asked[part], seeds[part], (args.resolution, args.resolution), row.guidance,
+            )  # fmt: skip
+        made.append(images.float())
+    if args.lora:
+        lora.switch(m.unet, True)  # as training needs it
+    return torch.cat(made)
+
+
+def show(args, m, row: settings.Settings, prompts: list[str], path: Path) -> None:
+    """A grid of six fixed prompts and fixed seeds: the base model beside the tuned one."""
+    shown = prompts[:6]
+    sides = {"model": (4, 40)} if args.method == "diffusion" else {"base": (2, 40), "tuned": (2, 0)}
+    rows, heads = [[] for _ in shown], []
+    for name, (count, switch) in sides.items():
+        pictures = to_pictures(images_of(args, m, row, shown, count, switch))
+        rows = [cells + pictures[count * r : count * (r + 1)] for r, cells in enumerate(rows)]
+        heads += [f"{name}, seed {k}" for k in range(count)]
+    save_png(grid(rows, shown, heads), path)
+
+
+def update_weights(args, m, optimizer, update: int) -> float:
+    """One optimizer step, unless the gradient is not finite; returns the gradient's norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate(args, update)
+    norm = torch.nn.utils.clip_grad_norm_(m.parameters, args.max_grad_norm or math.inf)
+    if torch.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if m.ema:
+        decay = min(args.ema, (update + 1) / (update + 10))  # shorter at first, to forget the start
+        torch._foreach_lerp_(list(m.ema.parameters()), m.parameters, 1 - decay)
+    return norm.item()
 
 
 def main(args) -> None:
     if args.resume:
-        run_folder = Path(args.resume)
-        if not (run_folder / "run.json").is_file():
-            raise FileNotFoundError(f"--resume {args.resume}: no run.json there, so no run to go on with")
-        args.__dict__.update(json.loads((run_folder / "run.json").read_text())["args"], resume=args.resume)
+        folder = read_run(args)
     config = weights.read_config(args.base, "unet")
     row = settings.of(args.base, config)
     if not args.resume:
         resolve(args, row)
-        run_folder = new_folder(args)
-    device, bf16 = args.device, args.dtype == "bfloat16"
-    tuning = args.method != "diffusion"
-    size = (args.resolution, args.resolution)
-
-    def autocast():
-        return torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
-
-    # The networks: the UNet trains in float32, all else is frozen.
-    frozen = torch.bfloat16 if bf16 and device != "cpu" else torch.float32
+        folder = new_folder(args)
+    tunes = args.method != "diffusion"
+    prompts = read_prompts(args.prompts) if args.prompts else list(row.prompts)
     data = open_data(args.data, args.resolution)
     if isinstance(data, Captions) and args.method != "refl":
         raise ValueError(f"--data {args.data}: {args.method} needs images, and these are prompts alone")
-    text = weights.load_text(args.base, device, frozen)
-    vae = weights.load_vae(args.base, device, frozen).requires_grad_(False)
-    vae.decoder.checkpointing = args.checkpointing
-    reward = (
-        rewards.build(args.reward, args.reward_weights, device, torch.bfloat16 if bf16 else None) if tuning else None
-    )
-    judge = rewards.load(args.judge, None, device) if tuning and args.judge else None
-    if args.init == "random":
-        unet = initialise(UNet(UNetConfig.from_dict(config)), generator_of(args.seed)).to(device)
-    else:
-        unet = weights.load_unet(args.base, device)
-    base = unet if args.lora or not tuning else copy.deepcopy(unet).to(frozen).requires_grad_(False)
-    parameters = lora.add(unet, args.lora, generator=generator_of(args.seed)) if args.lora else list(unet.parameters())
-    unet.train().checkpointing = args.checkpointing
-    ema = copy.deepcopy(unet).requires_grad_(False) if args.ema else None
-    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, eps=ADAM_EPS)
-    modules = {"unet": unet} | ({"ema": ema} if ema else {})
+    m = load_models(args, config)
+    check_size(args, m)
+    optimizer = torch.optim.AdamW(m.parameters, args.lr, weight_decay=args.weight_decay, eps=ADAM_EPS)
+    modules = {"unet": m.unet} | ({"ema": m.ema} if m.ema else {})
+    info = {"update": 0, "position": 0}
+    if args.resume and (folder / STATE).exists():
+        info = state.load(folder / STATE, modules, optimizer)
+        print(f"going on after update {info['update']} of {folder}")
+    stream = Stream(data, args.seed, info["position"])
+    cache = encode_all(args, m.vae, data) if args.cache_latents else None
+    about = json.loads((folder / "run.json").read_text()) if args.resume else {"args": vars(args)}
+    state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
 
-    # Where the run stands.
-    first, position = 0, 0
-    saved = run_folder / "state.safetensors"
-    if args.resume and saved.exists():
-        info = state.load(saved, modules, optimizer)
-        first, position = info["update"], info["position"]
-        print(f"going on after update {first} of {run_folder}")
-    moments = None
-    if args.cache_latents:
-        moments, captions = encode_all(vae, data, autocast, device)
-    stream = Stream(data, args.seed, position)
-    state.write_text(run_folder / "run.json", json.dumps({"args": vars(args) | {"resume": None}}, indent=1) + "\n")
-
-    net = torch.compile(unet) if args.compile else unet
-    if args.compile:
-        vae.decode = torch.compile(vae.decode)
-
-    def batch(generator) -> tuple:
-        """Scaled latents of the next real images, and their captions; no latents where no image is needed."""
-        if moments is not None:
-            rows = stream.indices(args.batch_size)
-            mean, logvar = moments[rows].to(device).float().unbind(1)
-            return vae.draw(mean, logvar, generator), [captions[i] for i in rows]
-        images, prompts = stream.batch(args.batch_size)
-        with torch.no_grad():
-            return (vae.sample(images.to(device), generator) if args.method != "refl" else None), prompts
-
-    def loss_of(update: int, generator) -> tuple:
-        """The loss of one pass, and what to log."""
-        x0, prompts = batch(generator)
-        if not tuning:
-            dropped = torch.rand(len(prompts), generator=generator) < args.caption_dropout
-            prompts = ["" if drop else prompt for drop, prompt in zip(dropped, prompts, strict=True)]
-        conditioning = text(prompts, size)
-        if not tuning:
-            return pretraining_loss(net, SCHEDULER, x0, conditioning, generator, args.snr_gamma)
-        if args.method == "refl" or is_refl_update(update):
-            shape = (len(prompts), vae.config.latent_channels, *(side // vae.factor for side in size))
-            loss, log = refl_loss(net, vae, reward, SCHEDULER, shape, conditioning, prompts, generator)
-            return args.reward_scale * loss, log
-        return imagerefl_loss(
-            net, vae, reward, SCHEDULER, x0, args.start, conditioning, prompts, generator,
-            args.reward_scale, args.diffusion_scale,
-        )  # fmt: skip
-
-    # What to show: fixed prompts and seeds, the base beside the tuned model.
-    prompts = read_prompts(args.prompts) if args.prompts else list(row.prompts)
-
-    @torch.no_grad()
-    def images_of(shown: list[str], count: int, switch: int, tuned=None) -> torch.Tensor:
-        """`count` images a prompt, the base taking the first `switch` of 40 steps: (prompts * count, 3, H, W)."""
-        base_half, tuned_half = lora.halves(unet) if args.lora else (base, tuned or unet)
-        asked, seeds = [p for p in shown for _ in range(count)], [i for _ in shown for i in range(count)]
-        made, chunk = [], 2 * args.batch_size
-        for at in range(0, len(asked), chunk):
-            part = slice(at, at + chunk)
-            with autocast():
-                made.append(
-                    generate(
-                        base_half, tuned_half, vae, text, SCHEDULER, switch_weights(40, switch),
-                        asked[part], seeds[part], size, row.guidance,
-                    ).float()
-                )  # fmt: skip
-        return torch.cat(made)
-
-    def show(update: int) -> None:
-        shown, count = prompts[:6], 2
-        if tuning:
-            sides = {"base": images_of(shown, count, 40), "tuned": images_of(shown, count, 0)}
-        else:  # the model in training takes all steps, with guidance
-            sides = {"model": images_of(shown, 2 * count, 40, ema or unet)}
-        columns = [to_pictures(images) for images in sides.values()]
-        per_row = len(columns[0]) // len(shown)
-        rows = [[p for side in columns for p in side[per_row * r : per_row * (r + 1)]] for r in range(len(shown))]
-        heads = [f"{name}, seed {i}" for name in sides for i in range(per_row)]
-        save_png(grid(rows, shown, heads), run_folder / "samples" / f"step-{update:06d}.png")
-
-    # The loop.
-    stop = []
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append("stopped"))
-    before = measure(images_of(prompts, 4, 40), prompts, 4, reward, judge, row) if tuning and not first else None
-    if args.sample_every and not first:
-        show(0)
-    log_file = open(run_folder / "log.jsonl", "a")  # noqa: SIM115
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=args.method, unit="update")
-    skipped = 0
-    for update in bar:
-        began = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = rate(args, update)
-        logs: list[dict] = []
-        for micro in range(args.accumulate):
-            with autocast():
-                loss, log = loss_of(update, generator_of(args.seed, update, micro))
-            (loss / args.accumulate).backward()
-            logs.append(log)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        if torch.isfinite(norm):
-            optimizer.step()
-        else:
-            skipped += 1
-            tqdm.write(f"update {update + 1}: the gradient is not finite, skipped (number {skipped})", file=sys.stderr)
-            if skipped >= 10:
-                raise ValueError("10 updates had no finite gradient; try a lower --lr, --max-grad-norm 1, or float32")
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - min(args.ema, (update + 1) / (update + 10)))
-
-        values = {key: sum(log[key].item() for log in logs) / len(logs) for key in logs[0]}
-        values |= {"grad_norm": norm.item(), "seconds": round(time.time() - began, 4)}
-        if device != "cpu":
-            values["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        kind = "refl" if args.method == "imagerefl" and is_refl_update(update) else args.method
-        log_file.write(json.dumps({"update": update + 1, "kind": kind, "lr": rate(args, update)} | values) + "\n")
-        log_file.flush()
-        bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
-        last = update + 1 == args.steps or stop
-        if last or (update + 1) % args.save_every == 0:
-            state.save(saved, modules, optimizer, {"update": update + 1, "position": stream.position})
-        if args.sample_every and ((update + 1) % args.sample_every == 0 or last):
-            show(update + 1)
-        if stop:
-            print(f"\nstopped after update {update + 1}; go on with: python train.py --resume {run_folder}")
-            return
-    log_file.close()
-
-    # The result.
-    unet.eval()
-    about = {"base": args.base, "method": args.method, "reward": args.reward if tuning else "none"}
-    about |= {"step": str(args.steps), "version": settings.VERSION}
-    if args.lora:
-        lora.save(unet, run_folder, metadata=about)
-    else:
-        weights.save_unet(ema or unet, run_folder / "unet", metadata=about)
-    finished = {"args": vars(args) | {"resume": None}, "finished": True}
+    if tunes and "base" not in about.setdefault("table", {}):
+        about["table"]["base"] = measure(images_of(args, m, row, prompts, 4, 40), prompts, m, row)
+    if args.sample_every and not info["update"]:
+        show(args, m, row, prompts, folder / "samples" / "step-000000.png")
+    stopped, failures = [], 0
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stopped else stopped.append(True))
+    bar = tqdm(range(info["update"], args.steps), args.method, args.steps, initial=info["update"], unit="update")
+    with open(folder / "log.jsonl", "a") as log_file:
+        for update in bar:
+            began, logs = time.time(), []
+            for part in range(args.accumulate):
+                generator = generator_of(args.seed, update, part)
+                with autocast(args):
+                    x0, captions = next_batch(args, m, stream, cache, generator)
+                    loss, log = loss_of(args, m, x0, captions, update, generator)
+                (loss / args.accumulate).backward()
+                logs.append(log)
+            values = {key: sum(log[key].item() for log in logs) / len(logs) for key in logs[0]}
+            values["grad_norm"] = update_weights(args, m, optimizer, update)
+            values["seconds"] = round(time.time() - began, 4)
+            failures = 0 if math.isfinite(values["grad_norm"]) else failures + 1
+            if failures:
+                tqdm.write(f"update {update + 1}: the gradient is not finite; skipped", file=sys.stderr)
+            if failures == 10:
+                raise ValueError("10 updates in a row had no finite gradient; try a lower --lr or --max-grad-norm 1")
+            if args.device != "cpu":
+                values["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            kind = "refl" if args.method == "imagerefl" and is_refl_update(update) else args.method
+            log_file.write(json.dumps({"update": update + 1, "kind": kind, "lr": rate(args, update)} | values) + "\n")
+            log_file.flush()
+            bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
+            last = bool(stopped) or update + 1 == args.steps
+            if last or (update + 1) % args.save_every == 0:
+                info = {"update": update + 1, "position": stream.position}
+                state.save(folder / STATE, modules, optimizer, info)
+                state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+            if args.sample_every and (last or (update + 1) % args.sample_every == 0):
+                show(args, m, row, prompts, folder / "samples" / f"step-{update + 1:06d}.png")
+            if stopped:
+                print(f"\nstopped after update {update + 1}; go on with: python train.py --resume {folder}")
+                return
     if stream.left_out:
         print(f"{len(stream.left_out)} images did not decode and were left out")
-    if tuning:
-        switch = row.switch[args.method]
-        table = {"base": before} if before else {}
-        table["tuned"] = measure(images_of(prompts, 4, 0), prompts, 4, reward, judge, row)
-        table[f"--switch {switch}"] = measure(images_of(prompts, 4, switch), prompts, 4, reward, judge, row)
-        print(f"\n{len(prompts)} prompts x 4 seeds\n{layout(table)}")
-        finished["table"] = table
-        print(
-            f"\nsample from it:  python sample.py --checkpoint {run_folder} --switch {switch} --prompt '{prompts[0]}'"
-        )
-    state.write_text(run_folder / "run.json", json.dumps(finished, indent=1) + "\n")
-    print(f"written to {run_folder}")
+    finish(args, m, row, prompts, folder, about)
+
+
+def read_run(args) -> Path:
+    """Take the flags of the run that `--resume` names; returns its folder."""
+    folder = Path(args.resume)
+    if not (folder / "run.json").is_file():
+        raise FileNotFoundError(f"--resume {args.resume}: no run.json there, so no run to go on with")
+    vars(args).update(json.loads((folder / "run.json").read_text())["args"], resume=args.resume)
+    return folder
+
+
+def check_size(args, m) -> None:
+    """Raises ValueError when the networks cannot halve the resolution often enough."""
+    multiple = m.vae.factor * 2 ** (len(m.unet.config.channels) - 1)
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution {args.resolution}: must be a multiple of {multiple}")
+
+
+def finish(args, m, row: settings.Settings, prompts: list[str], folder: Path, about: dict) -> None:
+    """Write the result, and say how the samples changed and how to use it."""
+    header = {"base": args.base, "method": args.method, "reward": str(args.reward), "step": str(args.steps)}
+    header["version"] = settings.VERSION
+    if args.lora:
+        lora.save(m.unet, folder, metadata=header)
+    else:
+        weights.save_unet(m.ema or m.unet, folder / "unet", metadata=header)
+    if args.method != "diffusion":
+        switch, table = row.switch[args.method], about["table"]
+        table["tuned"] = measure(images_of(args, m, row, prompts, 4, 0), prompts, m, row)
+        table[f"--switch {switch}"] = measure(images_of(args, m, row, prompts, 4, switch), prompts, m, row)
+        print(f"\n{len(prompts)} prompts x 4 seeds, mean ± standard deviation\n{layout(table)}\n")
+        print(f"sample from it:  python sample.py --checkpoint {folder} --switch {switch}")
+    state.write_text(folder / "run.json", json.dumps(about | {"finished": True}, indent=1) + "\n")
+    print(f"written to {folder}")
 
 
 @torch.no_grad()
-def measure(images, prompts: list[str], count: int, reward, judge, row: settings.Settings) -> dict[str, list[float]]:
-    """Mean and standard deviation of the rewards, and mean diversity, of `count` images a prompt."""
-    asked, group = [p for p in prompts for _ in range(count)], [i for i in range(len(prompts)) for _ in range(count)]
-    table = {}
-    for name, score in {"reward": reward, "judge": judge}.items():
+def measure(images: torch.Tensor, prompts: list[str], m, row: settings.Settings) -> dict[str, list[float]]:
+    """Mean and standard deviation of the reward, of the judge, and of the diversity among the images of a prompt."""
+    count = len(images) // len(prompts)
+    asked, table = [p for p in prompts for _ in range(count)], {}
+    for name, score in {"reward": m.reward, "judge": m.judge}.items():
         if score is not None:
             values = score(images, asked).float()
             table[name] = [values.mean().item(), values.std().item()]
     if row is settings.TINY:
         features = metrics.clip_features(settings.FEATURES, images.device)(images)
-        per_prompt = metrics.group_diversity(features, group)
+        per_prompt = metrics.group_diversity(features, asked)
         table["diversity"] = [per_prompt.mean().item(), per_prompt.std().item()]
     return table
 
