@@ -165,8 +165,8 @@ def accuracy(clip: CLIPModel, tokenizer, emoji: EmojiSet, count: int = 512) -> d
 
 
 ROLES = {  # seed, vision (width, layers), text (width, layers), updates
-    "text": (0, (128, 4), (128, 3), 800),
-    "features": (1, (96, 4), (64, 2), 1200),
+    "text": (0, (128, 4), (128, 3), 400),
+    "features": (1, (96, 4), (64, 2), 600),
 }
 
 
@@ -183,7 +183,8 @@ def main() -> None:
     torch.manual_seed(seed)
     folder = TINY_DIR / "base" / "tokenizer"
     if not (folder / "vocab.json").exists():
-        learn_tokenizer(list({EmojiSet().describe(i).caption for i in range(20_000)}), folder)
+        emoji = EmojiSet()
+        learn_tokenizer([emoji.describe(i).caption for i in range(10_000)], folder)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     clip = build(len(tokenizer), vision, text).to(args.device)
     train(clip, tokenizer, EmojiSet(seed=100 + seed), args.steps or steps, args.batch_size, args.lr, args.device)

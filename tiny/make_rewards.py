@@ -218,8 +218,8 @@ def held_out_accuracy(clip: CLIPModel, tokenizer, pairs: Pairs, count: int = 102
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(RATERS))
-    parser.add_argument("--steps", type=int, default=1000, help="updates of the contrastive part")
-    parser.add_argument("--pair-steps", type=int, default=1200, help="updates on pairs")
+    parser.add_argument("--steps", type=int, default=400, help="updates of the contrastive part")
+    parser.add_argument("--pair-steps", type=int, default=600, help="updates on pairs")
     parser.add_argument("--bank", type=int, default=1024, help="pictures by the tiny base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
