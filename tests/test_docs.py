@@ -1,0 +1,182 @@
+"""The documents name what exists: files, functions, flags, equation markers, and the numbers of `settings.py`."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER_TO_CODE = ROOT / "docs" / "paper_to_code.md"
+DOCUMENTS = [PAPER_TO_CODE, ROOT / "docs" / "paper_vs_official_code.md", ROOT / "README.md"]
+EQUATIONS = (1, 2, 3, 4, 5)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def named(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """All that is defined in a piece of code: `function`, `CONSTANT`, `Class`, `Class.method`, `Class.attribute`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            yield prefix + child.name, child
+            yield from named(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield prefix + child.id, child
+        elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
+            if getattr(child.value, "id", "") == "self":
+                yield f"{prefix.split('.')[0]}.{child.attr}", child
+        else:
+            yield from named(child, prefix)
+
+
+@cache
+def names(path: Path) -> dict[str, ast.AST]:
+    return dict(named(tree(path)))
+
+
+def source(path: Path, name: str) -> str:
+    """The lines of a function, comments included."""
+    node = names(path)[name]
+    return "\n".join(path.read_text(encoding="utf-8").splitlines()[node.lineno - 1 : node.end_lineno])
+
+
+@cache
+def flags(path: Path) -> frozenset[str]:
+    """The flags of a command: first arguments of `add(...)` and `add_argument(...)` that begin with two dashes."""
+    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and node.args]
+    adds = [c for c in calls if getattr(c.func, "id", getattr(c.func, "attr", "")) in ("add", "add_argument")]
+    given = [str(argument.value) for call in adds for argument in call.args if isinstance(argument, ast.Constant)]
+    return frozenset(argument for argument in given if argument.startswith("--"))
+
+
+def all_flags() -> set[str]:
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("tiny/*.py"), *ROOT.glob("benchmarks/*.py")]
+    return {"--help"}.union(*map(flags, scripts))
+
+
+def code_of(text: str) -> list[str]:
+    """The pieces of code of a Markdown text: the lines of its fenced blocks, continued ones joined, and `spans`."""
+    fenced = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    lines = [line for block in fenced.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    return lines + re.findall(r"`([^`\n]+)`", fenced.sub("", text))
+
+
+def unknown_names(text: str) -> list[str]:
+    """Each `file.py` and `file.py:name` in the text's code that is not in the repository."""
+    unknown = []
+    for file, name in (match for code in code_of(text) for match in re.findall(r"([\w./-]+\.py)(?::([\w.]+))?", code)):
+        path = ROOT / file
+        if not path.is_file() or name and name not in names(path):
+            unknown.append(f"{file}:{name}" if name else file)
+    return unknown
+
+
+def unknown_flags(text: str) -> list[str]:
+    """Each flag that no parser takes; one written in a `python file.py` command must be that file's own."""
+    unknown = []
+    for code in code_of(text):
+        command = re.search(r"python3? ([\w./-]+\.py)", code)
+        if not command and not code.startswith("--"):
+            continue  # another program's
+        path = ROOT / command[1] if command else None
+        known = (flags(path) | {"--help"} if path.is_file() else set()) if path else all_flags()
+        unknown += [flag for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code) if flag not in known]
+    return unknown
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table row."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def marked_functions(text: str) -> dict[int, tuple[str, str]]:
+    """Equation -> the file and function whose row of the table has its marker."""
+    found = {}
+    for row in rows(text):
+        marker, place = re.fullmatch(r"`# Eq\. \((\d)\)`", row[-1]), re.search(r"`(\w+\.py):([\w.]+)`", row[-2])
+        if marker and place:
+            found[int(marker[1])] = (place[1], place[2])
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.is_file()], ids=lambda path: path.name)
+def test_every_file_and_name_in_a_document_exists(path):
+    assert unknown_names(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.is_file()], ids=lambda path: path.name)
+def test_every_flag_in_a_document_exists(path):
+    assert unknown_flags(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS[:2], ids=lambda path: path.name)
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(path):
+    for block in re.findall(r"(?:^\|.*\n)+", path.read_text(encoding="utf-8"), re.MULTILINE):
+        assert len({len(row) for row in rows(block)}) == 1, block
+
+
+def test_each_equation_is_marked_in_the_function_that_the_document_names():
+    places = marked_functions(PAPER_TO_CODE.read_text(encoding="utf-8"))
+    assert sorted(places) == list(EQUATIONS)
+    for number, (file, name) in places.items():
+        assert f"  # Eq. ({number})\n" in source(ROOT / file, name) + "\n", (
+            f"Eq. ({number}) is not marked in {file}:{name}"
+        )
+
+
+def test_each_marker_stands_once_in_the_code():
+    code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    for number in EQUATIONS:
+        assert len(re.findall(rf"  # Eq\. \({number}\)$", code, re.MULTILINE)) == 1, f"Eq. ({number})"
+
+
+def test_the_hyper_parameters_are_those_of_the_settings():
+    table = [row for row in rows(PAPER_TO_CODE.read_text(encoding="utf-8")) if "`settings.py:Settings." in row[-2]]
+    assert len(table) == 11
+    for _, sd15, sdxl, where, _ in table:
+        field, key = re.fullmatch(r"`settings\.py:Settings\.(\w+)`(?:, `(\w+)`)?", where).groups()
+        for base, printed in ((settings.SD15, sd15), (settings.SDXL, sdxl)):
+            value = getattr(base, field)
+            value = value[key] if key else value
+            assert type(value)(printed) == value, f"{where}: {printed} in the document, {value} in the code"
+
+
+def value_in_code(path: Path, name: str, flag: str | None) -> object:
+    """A constant of a file, or where `name` is its parser the default of a flag; None where it is no number."""
+    for node in ast.walk(tree(path)):
+        if name == "parse_args" and isinstance(node, ast.Call) and node.args and flag:
+            if getattr(node.args[0], "value", "") == flag:
+                return next(keyword.value.value for keyword in node.keywords if keyword.arg == "default")
+        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value
+            return getattr(value, "value", None)
+    return None
+
+
+def test_the_constants_in_the_document_are_those_of_the_code():
+    checked = 0
+    for row in rows(PAPER_TO_CODE.read_text(encoding="utf-8")):
+        place, flag = re.fullmatch(r"`(\w+\.py):(\w+)`", row[-2]), re.match(r"`(--[\w-]+)`", row[-1])
+        value = value_in_code(ROOT / place[1], place[2], flag and flag[1]) if place and len(row) == 4 else None
+        if isinstance(value, int | float):
+            assert float(row[1]) == value, f"{row[-2]}: {row[1]} in the document, {value} in the code"
+            checked += 1
+    assert checked == 7
+
+
+def test_the_checks_can_fail():
+    text = "`train.py:nothing` `lost.py` `refl.py:LAST` `unet.py:UNet.forward` `unet.py:forward` `vae.py:VAE.config`"
+    assert unknown_names(text) == ["train.py:nothing", "lost.py", "unet.py:forward"]
+    text = "`--lr` `--nothing 3` `python sample.py --lr 1 --seed 3`\n"
+    text += "```\npython train.py \\\n  --switch 3\npip install --pre\n```"
+    assert sorted(unknown_flags(text)) == ["--lr", "--nothing", "--switch"]
+    text = "| 1 | x | `a.py:f` | `# Eq. (1)` |\n| 2 | x | `a.py:f` | no marker |"
+    assert marked_functions(text) == {1: ("a.py", "f")}
