@@ -161,9 +161,15 @@ def looks_like(names: Iterable[str]) -> str:
 
 
 def unfuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Split what open_clip keeps in one tensor (q, k, v) and turn its projection; all results are views."""
+    """Split what open_clip keeps in one tensor (q, k, v) and turn its projection; all results are views.
+
+    Two things that CLIP's text encoders do not compute with are left out: `position_ids` (0, 1, 2, ...) and
+    `logit_scale` (of the contrastive loss).
+    """
     split = {}
     for key, tensor in tensors.items():
+        if key.rpartition(".")[2] in ("position_ids", "logit_scale"):
+            continue
         attention, fused, kind = key.rpartition(".attn.in_proj_")
         if fused:
             for name, part in zip("qkv", tensor.chunk(3), strict=True):

@@ -97,17 +97,20 @@ def switch(unet: UNet, on: bool) -> None:
 
 
 def halves(unet: UNet) -> tuple[Callable, Callable]:
-    """Base and tuned model as two callables with the UNet's arguments, over one set of weights."""
-    adapters(unet)
+    """Base and tuned model as two callables with the UNet's arguments, over one set of weights.
 
-    def half(on: bool) -> Callable:
-        def predict(*args, **kwargs) -> Tensor:
-            switch(unet, on)
+    The tuned one is the UNet itself: its adapters are off within a call of the base, and on otherwise.
+    """
+    switch(unet, True)
+
+    def base(*args, **kwargs) -> Tensor:
+        switch(unet, False)
+        try:
             return unet(*args, **kwargs)
+        finally:
+            switch(unet, True)
 
-        return predict
-
-    return half(False), half(True)
+    return base, unet
 
 
 @torch.no_grad()

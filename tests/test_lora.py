@@ -1,0 +1,268 @@
+"""Adapters: what they compute, the switch, and the two layouts in which others write and read them."""
+
+import json
+
+import pytest
+import torch
+from recipe import fill, filled, golden, golden_config, rnd
+from safetensors.torch import load_file, save_file
+
+import files
+import lora
+import weights
+from combined import combine, plain, switch_weights
+from scheduler import Scheduler
+from unet import UNet, UNetConfig
+
+MINIS = pytest.mark.parametrize("name", ["unet_sd15_mini", "unet_sdxl_mini"])
+LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"  # 48 -> 64 numbers in SD1.5, 80 -> 64 in SDXL
+
+
+def mini(name: str = "unet_sd15_mini") -> UNet:
+    return filled(UNet(UNetConfig.from_dict(golden_config(name))))
+
+
+def adapted(name: str = "unet_sd15_mini", rank: int = 4, alpha: float = 2.0) -> UNet:
+    """A mini UNet whose adapters are far from zero."""
+    unet = mini(name)
+    lora.add(unet, rank, alpha)
+    for key, parameter in unet.named_parameters():
+        if ".lora_" in key:
+            parameter.data.copy_(fill(key, parameter.shape))
+    return unet
+
+
+def inputs(name: str = "unet_sd15_mini") -> tuple[torch.Tensor, dict]:
+    g, _ = golden(name)
+    conditioning = {"timesteps": g["timestep"], "context": g["context"]}
+    if "text_embeds" in g:
+        conditioning |= {"pooled": g["text_embeds"], "time_ids": g["time_ids"]}
+    return g["sample"], conditioning
+
+
+def run(unet, name: str = "unet_sd15_mini") -> torch.Tensor:
+    x, conditioning = inputs(name)
+    with torch.no_grad():
+        return unet(x, **conditioning)
+
+
+def adapter_tensors(unet: UNet) -> dict:
+    return {key: t for key, t in unet.state_dict().items() if ".lora_" in key}
+
+
+@MINIS
+def test_new_adapters_change_nothing_and_are_all_that_trains(name):
+    unet = mini(name)
+    before = run(unet, name)
+    parameters = lora.add(unet, 4)
+    assert torch.equal(run(unet, name), before)
+    assert [p for p in unet.parameters() if p.requires_grad] == parameters
+    blocks = sum(key.endswith("attn1.to_q.weight") for key in unet.state_dict())
+    assert len(parameters) == blocks * 2 * 4 * 2  # two attentions of four layers, A and B
+
+
+def test_the_first_gradient_reaches_b_and_only_then_a():
+    unet = mini()
+    lora.add(unet, 4)
+    x, conditioning = inputs()
+    unet(x, **conditioning).square().mean().backward()
+    gradients = {key: p.grad for key, p in unet.named_parameters() if p.requires_grad}
+    assert all(gradient.abs().max() > 0 for key, gradient in gradients.items() if ".lora_B." in key)
+    assert all(gradient.abs().max() == 0 for key, gradient in gradients.items() if ".lora_A." in key)
+
+
+def test_initial_deviation_is_one_over_the_rank_and_the_generator_decides():
+    first, again, other = (mini() for _ in range(3))
+    for unet, seed in ((first, 1), (again, 1), (other, 2)):
+        lora.add(unet, 8, generator=torch.Generator().manual_seed(seed))
+    values = torch.cat([t.flatten() for key, t in adapter_tensors(first).items() if ".lora_A." in key])
+    assert values.std().item() == pytest.approx(1 / 8, rel=0.02)
+    key = LAYER + ".lora_A.weight"
+    assert torch.equal(first.state_dict()[key], again.state_dict()[key])
+    assert not torch.equal(first.state_dict()[key], other.state_dict()[key])
+
+
+def test_an_adapter_adds_alpha_over_rank_times_b_a():
+    layer = adapted(rank=4, alpha=2.0).get_submodule(LAYER)
+    x, A, B = rnd("x", 3, 48).double(), layer.lora_A.weight.double(), layer.lora_B.weight.double()
+    expected = x @ (layer.weight.double() + 0.5 * B @ A).T
+    assert (layer(x.float()) - expected).abs().max() <= 1e-5
+
+
+@MINIS
+def test_off_is_the_base_to_the_last_bit_and_on_is_the_merged_model(name):
+    unet = adapted(name)
+    base, tuned = lora.halves(unet)
+    on = run(tuned, name)
+    assert torch.equal(run(base, name), run(mini(name), name))
+    assert torch.equal(run(tuned, name), on)
+    assert (on - run(base, name)).abs().max() > 0.01
+    merged = run(lora.merge(unet), name)
+    assert (merged - on).abs().max() <= 1e-5
+    assert unet.state_dict().keys() == mini(name).state_dict().keys()
+
+
+def test_the_adapters_are_on_again_after_a_base_that_failed():
+    base, tuned = lora.halves(adapted())
+    on = run(tuned)
+    with pytest.raises(ValueError, match="multiples"):
+        base(torch.zeros(1, 4, 3, 3), 1, torch.zeros(1, 1, 48))
+    assert torch.equal(run(tuned), on)
+
+
+def test_combined_generation_with_one_set_of_weights_is_that_with_two_models():
+    unet = adapted()
+    conditioning = {"context": inputs()[1]["context"][:1]}
+    scheduler, noise = Scheduler(steps=6, eta=1.0), rnd("noise", 1, 4, 8, 8)
+    images = []
+    for base, tuned in (lora.halves(unet), (mini(), lora.merge(adapted()))):
+        predictors, generator = (
+            (plain(base, conditioning), plain(tuned, conditioning)),
+            torch.Generator().manual_seed(0),
+        )
+        with torch.no_grad():
+            images.append(combine(scheduler, *predictors, switch_weights(6, 3), noise, generator))
+    assert (images[0] - images[1]).abs().max() <= 1e-5 * images[1].abs().max()
+
+
+def test_one_set_of_weights_takes_hardly_more_memory_than_one_model():
+    unet = adapted(rank=1)
+    lora.halves(unet)
+    with torch.device("meta"):
+        full = UNet()
+        base = sum(p.nbytes for p in full.parameters())
+        lora.add(full, 16)
+    assert sum(p.nbytes for p in full.parameters()) <= 1.05 * base
+
+
+@MINIS
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+def test_both_layouts_load_back_to_the_same_model(name, layout, tmp_path):
+    unet = adapted(name, rank=3, alpha=5.0)
+    lora.save(unet, tmp_path, layout, {"note": "mine"})
+    assert [path.name for path in tmp_path.iterdir()] == [files.ADAPTER]
+    assert files.read_metadata(tmp_path / files.ADAPTER)["note"] == "mine"
+    loaded = mini(name)
+    parameters = lora.load(loaded, tmp_path)
+    assert len(parameters) == len(adapter_tensors(unet))
+    assert all(torch.equal(t, loaded.state_dict()[key]) for key, t in adapter_tensors(unet).items())
+    assert torch.equal(run(loaded, name), run(unet, name))
+
+
+def test_peft_names_and_metadata_are_those_that_diffusers_writes(tmp_path):
+    unet = adapted(rank=4, alpha=2.0)
+    lora.save(unet, tmp_path)
+    tensors, metadata = load_file(tmp_path / files.ADAPTER), files.read_metadata(tmp_path / files.ADAPTER)
+    assert tensors[f"unet.{LAYER}.lora_A.weight"].shape == (4, 48)
+    assert tensors[f"unet.{LAYER}.lora_B.weight"].shape == (64, 4)
+    config = json.loads(metadata["lora_adapter_metadata"])
+    assert (config["unet.r"], config["unet.lora_alpha"]) == (4, 2.0)
+    assert config["unet.target_modules"] == ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "spelled"),
+    [
+        ("unet_sd15_mini", "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"),
+        ("unet_sdxl_mini", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"),
+    ],
+)
+def test_kohya_names_are_those_of_its_scripts(name, spelled, tmp_path):
+    unet = adapted(name, rank=4, alpha=2.0)
+    lora.save(unet, tmp_path / "mine.safetensors", "kohya")
+    tensors = load_file(tmp_path / "mine.safetensors")
+    assert torch.equal(tensors[spelled + ".lora_down.weight"], unet.get_submodule(LAYER).lora_A.weight)
+    assert torch.equal(tensors[spelled + ".lora_up.weight"], unet.get_submodule(LAYER).lora_B.weight)
+    assert tensors[spelled + ".alpha"].item() == 2.0
+    metadata = files.read_metadata(tmp_path / "mine.safetensors")
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+
+
+def test_without_an_alpha_it_is_the_rank(tmp_path):
+    tensors = {f"unet.{LAYER}.lora_A.weight": torch.ones(2, 48), f"unet.{LAYER}.lora_B.weight": torch.ones(64, 2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    unet = mini()
+    lora.load(unet, tmp_path / "x.safetensors")
+    layer = unet.get_submodule(LAYER)
+    assert (layer.alpha, layer.rank) == (2.0, 2)
+    assert not isinstance(unet.get_submodule(LAYER.replace("to_k", "to_v")), lora.LoRALinear)
+
+
+def test_an_adapter_in_half_precision_computes_in_the_type_of_its_input(tmp_path):
+    lora.save(adapted(), tmp_path)
+    unet = mini().bfloat16()
+    lora.load(unet, tmp_path)
+    x, conditioning = inputs()
+    with torch.no_grad():
+        output = unet(x.bfloat16(), **conditioning | {"context": conditioning["context"].bfloat16()})
+    assert output.dtype == torch.bfloat16
+    assert (output.float() - run(adapted())).abs().max() <= 0.2
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    path = tmp_path / "x.safetensors"
+    A, B = torch.ones(2, 48), torch.ones(64, 2)
+    pair = {f"unet.{LAYER}.lora_A.weight": A, f"unet.{LAYER}.lora_B.weight": B}
+    for tensors, reason in (
+        ({"unet.mid.lora_A.weight": A}, "1 of 1 keys adapt no attention layer .*: unet.mid.lora_A.weight"),
+        (pair | {"text_encoder.x.lora_A.weight": A + 1}, "1 of 3 keys adapt no attention layer .*: text_encoder.x"),
+        (pair | {f"unet.{LAYER}.dora_scale": B + 1}, "1 of 3 keys adapt no attention layer"),
+        ({f"unet.{LAYER}.lora_A.weight": A}, "only one half of the adapter of " + LAYER),
+        (pair | {f"unet.{LAYER}.lora_B.weight": torch.ones(64, 3)}, r"\(48 -> 64\) cannot take .* \(64, 3\)"),
+        ({"conv_in.weight": torch.ones(3)}, "1 of 1 keys adapt no attention layer"),
+    ):
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=reason) as caught:
+            lora.load(mini(), path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    save_file(pair, path, {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})})
+    with pytest.raises(ValueError, match="DoRA"):
+        lora.load(mini(), path)
+    with pytest.raises(FileNotFoundError, match=files.ADAPTER):
+        lora.load(mini(), tmp_path)
+
+
+def test_an_adapter_of_the_other_base_is_refused(tmp_path):
+    lora.save(adapted("unet_sdxl_mini"), tmp_path)
+    with pytest.raises(ValueError, match="keys adapt no attention layer"):
+        lora.load(mini(), tmp_path)
+
+
+def test_misuse_says_what_to_do_instead(tmp_path):
+    with pytest.raises(ValueError, match="no adapters"):
+        lora.switch(mini(), True)
+    with pytest.raises(ValueError, match="rank .* at least 1"):
+        lora.add(mini(), 0)
+    with pytest.raises(ValueError, match="unknown layout"):
+        lora.save(adapted(), tmp_path, "loha")
+    with pytest.raises(ValueError, match="lora.merge"):
+        lora.add(adapted(), 4)
+    with pytest.raises(ValueError, match="lora.merge"):
+        weights.save_unet(adapted(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["", files.ADAPTER])
+def test_a_run_with_an_adapter_is_base_and_tuned_model_in_one(place, tmp_path):
+    unet = adapted()
+    weights.save_unet(mini(), tmp_path / "base" / "unet")
+    lora.save(unet, tmp_path / "run")
+    (tmp_path / "run" / "state.safetensors").touch()
+    base, tuned = weights.load_tuned(tmp_path / "run" / place, tmp_path / "base")
+    assert torch.equal(run(base), run(mini()))
+    assert torch.equal(run(tuned), run(unet))
+
+
+def test_diffusers_loads_our_adapter_without_unexpected_keys(tmp_path):
+    pytest.importorskip("peft")
+    diffusers = pytest.importorskip("diffusers")
+    unet = adapted(rank=4, alpha=2.0)
+    lora.save(unet, tmp_path)
+    theirs = diffusers.UNet2DConditionModel(**golden_config("unet_sd15_mini")).eval()
+    theirs.load_state_dict(mini().state_dict())
+    state, _, metadata = diffusers.StableDiffusionPipeline.lora_state_dict(tmp_path, return_lora_metadata=True)[:3]
+    diffusers.StableDiffusionPipeline.load_lora_into_unet(state, None, theirs, metadata=metadata)
+    g, _ = golden("unet_sd15_mini")
+    with torch.no_grad():
+        output = theirs(g["sample"], g["timestep"], g["context"]).sample
+    assert (output - run(unet)).abs().max() <= 1e-4

@@ -1,0 +1,145 @@
+"""Prompts -> conditioning: token ids of the published tokenizers, and which states of which encoder the UNet gets."""
+
+import copy
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from recipe import GOLDEN, filled
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import text
+import weights
+
+PROMPTS = json.loads((GOLDEN / "tokenizer_golden.json").read_text())["prompts"]
+CLIP = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
+FIRST = CLIP | {"architectures": ["CLIPTextModel"], "eos_token_id": 2}
+SECOND = CLIP | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 24, "hidden_act": "gelu"}
+
+
+def write_vocabulary(folder: Path) -> None:
+    """CLIP's vocabulary as the hub has it: the byte letters, the same at a word's end, the merges, start and end."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    merges = gzip.decompress((GOLDEN / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(merge.split()) for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+
+
+def write_encoder(folder: Path, model: nn.Module, config: dict) -> None:
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    """The text half of a mini SDXL pipeline, with the whole vocabulary."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    write_vocabulary(folder / "tokenizer")
+    write_vocabulary(folder / "tokenizer_2")
+    write_encoder(folder / "text_encoder", filled(CLIPTextModel(CLIPTextConfig(**FIRST))), FIRST)
+    second = filled(CLIPTextModelWithProjection(CLIPTextConfig(**SECOND)))
+    write_encoder(folder / "text_encoder_2", second, SECOND)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdxl(pipeline) -> text.TextEncoder:
+    return weights.load_text(pipeline)
+
+
+@pytest.fixture(scope="module")
+def sd15(sdxl) -> text.TextEncoder:
+    return text.TextEncoder(sdxl.models[:1], sdxl.tokenizers[:1])
+
+
+def ids(tokenizer, prompt: str) -> list[int]:
+    return tokenizer(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+
+
+def test_the_first_tokenizer_pads_with_the_end_and_the_second_with_0(sdxl):
+    alike = 0
+    for prompt in PROMPTS:
+        first, second = (ids(tokenizer, prompt["text"]) for tokenizer in sdxl.tokenizers)
+        assert first == prompt["hf_clip"]
+        end = first.index(49407)
+        assert second == first[: end + 1] + [0] * (76 - end) or prompt["kind"] == "special token text"
+        alike += second == prompt["open_clip"]
+    assert alike >= 31  # open_clip cleans its text before it reads it: 9 of 40 prompts are written to show that
+
+
+def last_states(model: nn.Module, tokens: torch.Tensor, layers: int, normed: bool) -> torch.Tensor:
+    """The states after so many layers, by cutting the model off there."""
+    model = copy.deepcopy(getattr(model, "text_model", model))
+    del model.encoder.layers[layers:]
+    if not normed:
+        model.final_layer_norm = nn.Identity()
+    with torch.no_grad():
+        return model(tokens).last_hidden_state
+
+
+def test_sd15_gets_the_last_states_after_the_final_norm(sd15):
+    tokens = torch.tensor([ids(sd15.tokenizers[0], "a red fox")])
+    conditioning = sd15(["a red fox"], (512, 512))
+    assert conditioning.keys() == {"context"}
+    assert conditioning["context"].shape == (1, 77, 32)
+    expected = last_states(sd15.models[0], tokens, 3, normed=True)
+    assert (conditioning["context"] - expected).abs().max() <= 1e-6
+
+
+def test_sdxl_gets_both_penultimate_states_side_by_side_without_the_norm(sdxl):
+    conditioning = sdxl(["a red fox"], (512, 768))
+    assert conditioning["context"].shape == (1, 77, 64)
+    states = []
+    for model, tokenizer in zip(sdxl.models, sdxl.tokenizers, strict=True):
+        states.append(last_states(model, torch.tensor([ids(tokenizer, "a red fox")]), 2, normed=False))
+    assert (conditioning["context"] - torch.cat(states, dim=-1)).abs().max() <= 1e-6
+
+
+def test_pooled_text_is_the_projected_state_at_the_end_of_the_second_encoder(sdxl):
+    tokens = ids(sdxl.tokenizers[1], "a red fox")
+    states = last_states(sdxl.models[1], torch.tensor([tokens]), 3, normed=True)
+    expected = states[0, tokens.index(49407)] @ sdxl.models[1].text_projection.weight.T
+    pooled = sdxl(["a red fox"], (512, 512))["pooled"]
+    assert pooled.shape == (1, 24)
+    assert (pooled[0] - expected).abs().max() <= 1e-6
+
+
+def test_time_ids_are_the_size_no_crop_and_the_size_again(sdxl):
+    ids = sdxl(["a", "b"], (512, 768))["time_ids"]
+    assert ids.tolist() == [[512, 768, 0, 0, 512, 768]] * 2
+
+
+def test_a_prompts_features_do_not_depend_on_its_company(sdxl):
+    alone, together = sdxl(["a cat"], (64, 64)), sdxl(["", "a cat", "a long and winding road"], (64, 64))
+    assert all(torch.equal(alone[key][0], together[key][1]) for key in alone)
+
+
+def test_kept_features_stay_within_their_bytes_and_are_given_again(sd15, monkeypatch):
+    first = sd15.features("a cat")["context"]
+    assert sd15.features("a cat")["context"] is first
+    monkeypatch.setattr(text, "CACHE_BYTES", 3 * first.nbytes)
+    for i in range(5):
+        sd15.features(f"a cat and {i} dogs")
+    assert len(sd15.cache) == 3
+
+
+def test_encoders_are_frozen_and_move_together(sdxl):
+    assert not any(p.requires_grad for model in sdxl.models for p in model.parameters())
+    moved = copy.deepcopy(sdxl).to("cpu", torch.bfloat16)
+    assert moved(["a cat"], (64, 64))["context"].dtype == torch.bfloat16
+
+
+def test_without_a_vocabulary_it_says_what_to_get(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text_encoder").symlink_to(pipeline / "text_encoder")
+    with pytest.raises(FileNotFoundError, match="no tokenizer/vocab.json beside it; put vocab.json and merges.txt of"):
+        weights.load_text(tmp_path)
+    (tmp_path / "tokenizer").symlink_to(pipeline / "tokenizer")
+    assert len(weights.load_text(tmp_path).models) == 1
