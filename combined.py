@@ -23,13 +23,18 @@ def switch_weights(steps: int, switch: int) -> list[float]:
 
 
 def aig_weights(steps: int, power: float = 1.0) -> list[float]:
-    """Annealed importance guidance (Jena et al. 2024): w_i = (i / T)^p, from the base model towards the tuned one."""
+    """Annealed importance guidance (Jena et al. 2024): w_i = (i / T)^p, from the base model towards the tuned one.
+
+    Raises ValueError for a negative power.
+    """
+    if power < 0:
+        raise ValueError(f"the power of AIG must not be negative, got {power:g}")
     return [(i / steps) ** power for i in range(steps)]
 
 
 def plain(unet, conditioning: dict[str, Tensor]) -> Predictor:
-    """A predictor without guidance."""
-    return lambda x_t, t: unet(x_t, t, **conditioning)
+    """A predictor without guidance. Latents keep their precision, whatever that of the network."""
+    return lambda x_t, t: unet(x_t, t, **conditioning).to(x_t.dtype)
 
 
 def guided(unet, conditioning: dict[str, Tensor], empty: dict[str, Tensor], guidance: float) -> Predictor:
@@ -39,7 +44,7 @@ def guided(unet, conditioning: dict[str, Tensor], empty: dict[str, Tensor], guid
     both = {key: torch.cat([empty[key], conditioning[key]]) for key in conditioning}
 
     def predict(x_t: Tensor, t: int) -> Tensor:
-        eps_empty, eps_text = unet(torch.cat([x_t, x_t]), t, **both).chunk(2)
+        eps_empty, eps_text = unet(torch.cat([x_t, x_t]), t, **both).to(x_t.dtype).chunk(2)
         return eps_empty + guidance * (eps_text - eps_empty)
 
     return predict
@@ -90,6 +95,6 @@ def generate(
     conditioning, empty = text(prompts, size), text([""] * len(prompts), size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (len(prompts), vae.config.latent_channels, H // vae.factor, W // vae.factor)
-    x_T = randn(shape, generators, conditioning["context"])
+    x_T = randn(shape, generators, conditioning["context"].device)
     base, tuned = guided(base, conditioning, empty, guidance), plain(tuned, conditioning)
     return vae.decode(combine(scheduler, base, tuned, weights, x_T, generators))

@@ -24,7 +24,7 @@ def pretraining_loss(
 
     `snr_gamma`: weigh by min(SNR, gamma) / SNR, which spends less on the nearly clean steps (Hang et al. 2023).
     """
-    eps = randn(x0.shape, generator, x0)
+    eps = randn(x0.shape, generator, x0.device)
     t = torch.randint(TRAIN_STEPS, (len(x0),), generator=generator)
     loss = diffusion_loss(unet, scheduler.add_noise(x0, eps, t), t.to(x0.device), eps, conditioning)
     log = {"diffusion": loss.detach().mean()}

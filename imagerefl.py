@@ -38,7 +38,7 @@ def imagerefl_loss(
     `start`: the step index of t', which the noised images stand at (30 of 40 for SD1.5, 35 for SDXL).
     """
     t = scheduler.timesteps[start]
-    eps = randn(x0.shape, generator, x0)
+    eps = randn(x0.shape, generator, x0.device)
     x_start = scheduler.add_noise(x0, eps, t)
     t_f = draw_step(start, scheduler, generator)
     with torch.no_grad():

@@ -40,7 +40,7 @@ def refl_loss(
     generator: torch.Generator,
 ) -> tuple[Tensor, dict]:
     """Eq. (2) for latents of `shape` (B, C, H, W): returns the loss and what to log."""
-    x_t = randn(shape, generator, conditioning["context"])
+    x_t = randn(shape, generator, conditioning["context"].device)
     t_f = draw_step(len(scheduler.steps) - LAST, scheduler, generator)
     with torch.no_grad():
         x_t = denoise(scheduler, plain(unet, conditioning), x_t, scheduler.steps[:t_f], generator)

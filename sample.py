@@ -21,7 +21,7 @@ def parse_args(argv=None):
     add("--base", help="tiny, sd15, sdxl, or a folder, file or hub id (default: the checkpoint's base, else tiny)")
     add("--checkpoint", help="tuned model: a run's folder, a UNet's, an adapter's file, or a published hub id")
     add("--switch", type=int, help="steps that the base model takes; 0: the tuned one alone (default: the paper's)")
-    add("--aig", type=float, metavar="P", help="instead of a switch: tuned weight (i / T)^P, the AIG baseline")
+    add("--aig", type=float, metavar="P", help="instead of a switch: AIG, tuned weight (i / T)^P, and no guidance")
     add("--steps", type=positive, default=40)
     add("--guidance", type=float, help="of the base model (default: 7.5, SDXL 5.0, tiny 4.0); the tuned one has none")
     add("--eta", type=float, default=1.0, help="0: DDIM, 1: DDPM (default: 1, as in the paper)")
@@ -75,8 +75,10 @@ def choose(args) -> dict:
 def main(args) -> None:
     known = choose(args)
     row = settings.of(args.base, weights.read_config(args.base, "unet"))
-    args.switch = row.switch.get(known.get("method"), row.start) if args.switch is None else args.switch
-    args.guidance = row.guidance if args.guidance is None else args.guidance
+    if args.switch is None:
+        args.switch = round(row.switch.get(known.get("method"), row.start) * args.steps / 40)
+    if args.guidance is None:
+        args.guidance = row.guidance if args.aig is None else 1.0  # the paper's AIG guides neither model
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     resolution = args.resolution or row.resolution
     batch = args.batch_size or (32 if row is settings.TINY else 8)

@@ -49,15 +49,15 @@ class Scheduler:
         """From step i to the next: x_{t-1} = a_t x_t + b_t eps + c_t z. No z is drawn where c_t = 0."""
         a, b, c = self.a[i].item(), self.b[i].item(), self.c[i].item()
         x = a * x_t + b * eps
-        return x + c * randn(x_t.shape, generator, x_t) if c else x
+        return x + c * randn(x_t.shape, generator, x_t.device) if c else x
 
     def _abar(self, t: Tensor | int, x: Tensor) -> Tensor:
         abar = self.abar[torch.as_tensor(t).cpu()].to(x.device)
         return abar.view(-1, 1, 1, 1)
 
 
-def randn(shape: Iterable[int], generator: Generators, like: Tensor) -> Tensor:
-    """Standard normal noise on the device and in the dtype of `like`, drawn on the CPU in float32.
+def randn(shape: Iterable[int], generator: Generators, device: str | torch.device = "cpu") -> Tensor:
+    """Standard normal noise in float32, drawn on the CPU whatever the device.
 
     `generator`: one for the batch, or a list of one an image, which makes the noise of an image independent of the
     batch that it is in.
@@ -66,7 +66,7 @@ def randn(shape: Iterable[int], generator: Generators, like: Tensor) -> Tensor:
         noise = torch.cat([torch.randn(1, *shape[1:], generator=g) for g in generator])
     else:
         noise = torch.randn(shape, generator=generator)
-    return noise.to(like.device, like.dtype)
+    return noise.to(device)
 
 
 def denoise(

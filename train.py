@@ -72,7 +72,7 @@ import rewards  # noqa: E402
 import state  # noqa: E402
 import weights  # noqa: E402
 from combined import generate, switch_weights  # noqa: E402
-from data import Captions, Stream, open_data, read_prompts  # noqa: E402
+from data import Captions, Pictures, Stream, open_data, read_prompts  # noqa: E402
 from diffusion import pretraining_loss  # noqa: E402
 from imagerefl import imagerefl_loss, is_refl_update  # noqa: E402
 from pictures import grid, save_png, to_pictures  # noqa: E402
@@ -104,8 +104,13 @@ def resolve(args, row: settings.Settings) -> None:
         raise ValueError(f"--start {args.start}: must be in 0..{len(SCHEDULER.steps) - 1}")
     if args.data is None and row is not settings.TINY:
         raise ValueError(f"--base {args.base} needs --data: a folder with metadata.jsonl, or a COCO captions file")
-    if args.lora and (args.init == "random" or args.ema):
-        raise ValueError("--lora trains adapters of a trained base; leave out --init random and --ema")
+    for flag in ("ema", "snr_gamma"):
+        if args.method != "diffusion" and getattr(args, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} goes with --method diffusion only")
+    if args.init == "random" and (args.lora or args.method != "diffusion"):
+        raise ValueError("--init random starts a UNet afresh: it goes with --method diffusion, and not with --lora")
+    if args.cache_latents and args.method == "refl":
+        raise ValueError("--cache-latents: ReFL uses no images, so there are no latents to keep")
 
 
 def new_folder(args) -> Path:
@@ -145,7 +150,7 @@ def load_models(args, config: dict) -> SimpleNamespace:
     m = SimpleNamespace(base=None, reward=None, judge=None, ema=None)
     if tunes:
         m.reward = rewards.build(args.reward, args.reward_weights, device, frozen if frozen != torch.float32 else None)
-        m.judge = rewards.load(args.judge, None, device) if args.judge else None
+        m.judge = rewards.build(args.judge, None, device) if args.judge else None
     m.text = weights.load_text(args.base, device, frozen)
     m.vae = weights.load_vae(args.base, device, frozen).requires_grad_(False)
     if args.init == "random":
@@ -269,6 +274,8 @@ def main(args) -> None:
     data = open_data(args.data, args.resolution)
     if isinstance(data, Captions) and args.method != "refl":
         raise ValueError(f"--data {args.data}: {args.method} needs images, and these are prompts alone")
+    if isinstance(data, Pictures) and args.method == "refl":
+        data = Captions([caption for _, caption in data.rows])  # no picture needs to be read
     m = load_models(args, config)
     check_size(args, m)
     optimizer = torch.optim.AdamW(m.parameters, args.lr, weight_decay=args.weight_decay, eps=ADAM_EPS)
@@ -306,7 +313,7 @@ def main(args) -> None:
             if failures:
                 tqdm.write(f"update {update + 1}: the gradient is not finite; skipped", file=sys.stderr)
             if failures == 10:
-                raise ValueError("10 updates in a row had no finite gradient; try a lower --lr or --max-grad-norm 1")
+                raise ValueError("10 updates in a row had no finite gradient; try a lower --lr or --dtype float32")
             if args.device != "cpu":
                 values["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             kind = "refl" if args.method == "imagerefl" and is_refl_update(update) else args.method

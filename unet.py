@@ -345,7 +345,7 @@ class UNet(nn.Module):
         emb = self.embed(torch.as_tensor(timesteps, device=latents.device).expand(B), pooled, time_ids)
         cell = self._recomputed if self.checkpointing and torch.is_grad_enabled() else Level.cell
 
-        x = self.conv_in(latents)
+        x = self.conv_in(latents.to(self.conv_in.weight.dtype))
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):

@@ -56,7 +56,9 @@ class VAEConfig:
 
 SD15 = VAEConfig()
 SDXL = VAEConfig(scale=0.13025)
-TINY = VAEConfig(channels=(16, 48, 96, 160), layers=1, latent_channels=16, groups=1, scale=1.0)  # more groups lose the colour
+TINY = VAEConfig(
+    channels=(16, 48, 96, 160), layers=1, latent_channels=16, groups=1, scale=1.0
+)  # more groups lose the colour
 
 
 class ResnetBlock(nn.Module):
@@ -212,13 +214,13 @@ class VAE(nn.Module):
         H, W = images.shape[-2:]
         if H % self.factor or W % self.factor:
             raise ValueError(f"image sides must be multiples of {self.factor}, got {H}x{W}")
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents, drawn from a posterior as `encode` gives it."""
-        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean)
-        return (mean + (0.5 * logvar).exp() * noise) * self.config.scale
+        """Scaled latents in float32, drawn from a posterior as `encode` gives it."""
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        return (mean.float() + (0.5 * logvar.float()).exp() * noise) * self.config.scale
 
     def sample(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8), drawn from the posterior."""
@@ -226,4 +228,5 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, H/8, W/8) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scale))
+        z = (latents / self.config.scale).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(z))

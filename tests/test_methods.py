@@ -183,3 +183,13 @@ def test_refl_depends_on_its_generator_alone(unet, vae):
     torch.manual_seed(2)
     assert torch.equal(first, run_refl(unet, vae, seed=5)[0])
     assert refl.LAST == 10
+
+
+def test_latents_stay_float32_under_autocast(unet, vae, monkeypatch):
+    seen = []
+    monkeypatch.setattr(imagerefl, "reward_loss", lambda *args: (seen.append(args[4]), reward_loss(*args))[1])
+    monkeypatch.setattr(imagerefl, "draw_step", lambda *_: 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        x0 = vae.sample(rnd("image", 2, 3, 8, 8), seeded())
+        imagerefl_loss(unet, vae, brightness, SCHEDULER, x0, 30, CONDITIONING, PROMPTS, seeded())
+    assert x0.dtype == seen[0].dtype == torch.float32

@@ -71,6 +71,7 @@ def test_the_noise_of_an_image_follows_from_its_seed(tmp_path, base_unet):
         (["--switch", "-1"], "--switch -1"),
         (["--steps", "1000"], "steps"),
         (["--eta", "2"], "eta"),
+        (["--aig", "-1"], "AIG"),
         (["--checkpoint", "nowhere"], "nowhere"),
         (["--base", "sd16"], "sd16"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),

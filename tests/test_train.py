@@ -136,6 +136,8 @@ def test_pictures_of_a_folder_train_and_bad_ones_are_counted(tmp_path, capsys):
         (["--batch-size", "0"], "at least 1"),
         (["--steps", "many"], "many"),
         (["--lora", "2", "--init", "random"], "--lora"),
+        (["--ema", "0.9"], "--ema"),
+        (["--method", "refl", "--cache-latents"], "--cache-latents"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--resolution", "60", "--method", "diffusion"], "60"),
         (["--resume", "nowhere"], "nowhere"),

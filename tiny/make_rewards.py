@@ -119,7 +119,7 @@ def decoded(emoji: EmojiSet, count: int, seed: int, device: str) -> list[Example
         words, empty = text([p.caption for p in shows], (64, 64)), text([""] * 64, (64, 64))
         with torch.autocast(device, torch.bfloat16):
             x0 = vae.sample(images, generator)
-            x = scheduler.add_noise(x0, randn(x0.shape, generator, x0), scheduler.timesteps[start])
+            x = scheduler.add_noise(x0, randn(x0.shape, generator, x0.device), scheduler.timesteps[start])
             predict = guided(unet, words, empty, 4.0) if at % 128 else plain(unet, words)
             x = denoise(scheduler, predict, x, scheduler.steps[start:], generator)
             made = vae.decode(x).float().clamp(-1, 1).cpu()
