@@ -199,9 +199,8 @@ def fine_tune(clip: CLIPModel, tokenizer, pairs: Pairs, steps: int, lr: float, d
         schedule.step()
         if step % 100 == 99:
             right = (both[0] > both[1]).float().mean().item()
-            print(
-                f"pairs {step + 1}: loss {loss.item():.3f} right {right:.2f}, {(time.time() - began) / (step + 1):.3f} s"
-            )
+            seconds = (time.time() - began) / (step + 1)
+            print(f"pairs {step + 1}: loss {loss.item():.3f} right {right:.2f}, {seconds:.3f} s", flush=True)
 
 
 @torch.no_grad()
@@ -218,8 +217,8 @@ def held_out_accuracy(clip: CLIPModel, tokenizer, pairs: Pairs, count: int = 102
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(RATERS))
-    parser.add_argument("--steps", type=int, default=400, help="updates of the contrastive part")
-    parser.add_argument("--pair-steps", type=int, default=600, help="updates on pairs")
+    parser.add_argument("--steps", type=int, default=300, help="updates of the contrastive part")
+    parser.add_argument("--pair-steps", type=int, default=400, help="updates on pairs")
     parser.add_argument("--bank", type=int, default=1024, help="pictures by the tiny base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
