@@ -167,7 +167,8 @@ def download(repo: str, component: str) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
     wanted = ("*.json", *(f"{stem}.safetensors" for stem in STEMS), "*-of-*.safetensors")
-    patterns = [f"{name}/{file}" for name in NAMES.get(component, (f"{component}*",)) for file in wanted]
+    names = sum(NAMES.values(), ()) if component in NAMES else (f"{component}*",)
+    patterns = [f"{name}/{file}" for name in names for file in wanted] + [ADAPTER]
     patterns += ["tokenizer*/*"] * component.startswith("text")
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))

@@ -132,11 +132,11 @@ def load_text(source: str | Path, device: str = "cpu", dtype: torch.dtype = torc
     """The text encoders of a source and their tokenizers: one of each, for SDXL two."""
     from transformers import CLIPTokenizer
 
-    models = [_load_clip(source, "text_encoder", device, dtype)]
+    models = [load_clip(source, "text_encoder", device, dtype)]
     place = find(source, "text_encoder")
     tokenizers = [CLIPTokenizer.from_pretrained(files.find_tokenizer(place, "tokenizer"), local_files_only=True)]
     if has_second_text(source):
-        models.append(_load_clip(source, "text_encoder_2", device, dtype))
+        models.append(load_clip(source, "text_encoder_2", device, dtype))
         folder = files.find_tokenizer(place, "tokenizer_2")
         tokenizers.append(CLIPTokenizer.from_pretrained(folder, local_files_only=True, pad_token="!"))  # id 0
     return TextEncoder(models, tokenizers)
@@ -150,7 +150,8 @@ def has_second_text(source: str | Path) -> bool:
     return (place.parent / "text_encoder_2").is_dir()
 
 
-def _load_clip(source: str | Path, component: str, device: str, dtype: torch.dtype) -> nn.Module:
+def load_clip(source: str | Path, component: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """One text encoder of a source: "text_encoder", or "text_encoder_2", which also has a projection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}[component]
@@ -163,27 +164,33 @@ def _load_clip(source: str | Path, component: str, device: str, dtype: torch.dty
     return model
 
 
+def own_base(checkpoint: str | Path) -> str | None:
+    """The source of the base model where a checkpoint brings it along, as the authors' folders do, else None."""
+    place = find(checkpoint, "tuned_unet")
+    whole = place.name == "fine_tuned_unet" and (place.parent / "original_unet").is_dir()
+    return str(place.parent) if whole else None
+
+
 def load_tuned(
     checkpoint: str | Path, base: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Callable, Callable]:
     """Base and tuned model as two callables with the UNet's arguments, as combined generation needs them.
 
     checkpoint: a run's folder, with `unet/` or an adapter (then both callables share one set of weights); the authors'
-    published folder or its hub id, whose own `original_unet/` is the base; any other source of a UNet, or an adapter's
-    file. Raises ValueError when the two take text of different widths.
+    published folder or its hub id, whose `original_unet/` then is the base UNet; any other source of a UNet, or an
+    adapter's file. Raises ValueError when the tuned UNet takes text of another width than that of `base`.
     """
     place = find(checkpoint, "tuned_unet")
     if place.is_file() and layouts.is_adapter(read_file(place)):
         unet = load_unet(base, device, dtype)
         lora.load(unet, place)
         return lora.halves(unet)
-    if place.name == "fine_tuned_unet" and (place.parent / "original_unet").is_dir():
-        base = place.parent / "original_unet"
     width = {source: UNetConfig.from_dict(read_config(source)).context for source in (base, place)}
     if width[base] != width[place]:
-        flag = "sdxl" if width[place] == unets.SDXL.context else "sd15"
-        raise ValueError(f"{checkpoint}: takes text of width {width[place]}, the base {width[base]}; --base {flag}?")
-    return load_unet(base, device, dtype), load_unet(place, device, dtype)
+        named = {unets.SDXL.context: "sdxl", unets.SD15.context: "sd15", unets.TINY.context: "tiny"}
+        flag = named.get(width[place], "the folder that it was trained from")
+        raise ValueError(f"{checkpoint}: takes text of width {width[place]}, the base {width[base]}; --base {flag}")
+    return load_unet(own_base(checkpoint) or base, device, dtype), load_unet(place, device, dtype)
 
 
 def save_unet(
@@ -232,10 +239,10 @@ def single_file(unet: UNet, base: str | Path, dtype: torch.dtype) -> dict[str, T
             t[..., None, None] if convolution else t
         )
     prefix = layouts.CLIP_L_SDXL if unet.config.pooled else layouts.CLIP_L
-    first = _load_clip(base, "text_encoder", "cpu", dtype).state_dict()
+    first = load_clip(base, "text_encoder", "cpu", dtype).state_dict()
     tensors |= {f"{prefix}text_model.{key.removeprefix('text_model.')}": t for key, t in first.items()}
     if unet.config.pooled:
-        second = _load_clip(base, "text_encoder_2", "cpu", dtype).state_dict()
+        second = load_clip(base, "text_encoder_2", "cpu", dtype).state_dict()
         _, names = layouts.of_text(second)[1]
         tensors |= layouts.fuse({layouts.CLIP_G + names[key]: t for key, t in second.items()})
     return tensors

@@ -3,17 +3,20 @@
 Mini models of the real classes, filled by the recipe on the keys of each layout; outputs are golden ones of diffusers.
 """
 
+import atexit
+import functools
 import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from recipe import GOLDEN, fill, filled, golden, golden_config
+from recipe import GOLDEN, fill, filled, golden, golden_config, rnd
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -21,6 +24,7 @@ import files
 import layouts
 import lora
 import unet as unets
+import vae as vaes
 import weights
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -43,6 +47,7 @@ MINI = {
 }
 for base in MINI.values():
     base["vae"] = golden_config("vae_mini")
+KINDS = ("UNet2DConditionModel", "AutoencoderKL")
 BOTH = pytest.mark.parametrize("base", MINI)
 
 
@@ -52,8 +57,9 @@ def no_hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def by_recipe(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    return {key: fill(key, shape) for key, shape in shapes.items()}
+@functools.cache
+def by_recipe(name: str) -> dict[str, torch.Tensor]:
+    return {key: fill(key, shape) for key, shape in SINGLE[name].items()}
 
 
 def outputs(unet: UNet, name: str) -> torch.Tensor:
@@ -83,13 +89,22 @@ def write_component(folder: Path, config: dict, tensors: dict, name: str = "diff
     save_file({k: t.contiguous() for k, t in tensors.items()}, folder / f"{name}.safetensors")
 
 
-def write_pipeline(folder: Path, base: str) -> Path:
+@functools.cache
+def mini_unet(base: str) -> UNet:
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(MINI[base]["unet"]))
+    unet.load_state_dict({key: fill(key, t.shape) for key, t in unet.state_dict().items()}, assign=True)
+    return unet.eval()
+
+
+@functools.cache
+def pipeline_of(base: str) -> Path:
     """A mini pipeline in the diffusers layout, with the quirks of the official folders."""
-    config = MINI[base]
-    unet = filled(UNet(UNetConfig.from_dict(config["unet"])))
+    folder, config = Path(tempfile.mkdtemp()), MINI[base]
+    atexit.register(shutil.rmtree, folder)
     vae = filled(VAE(VAEConfig.from_dict(config["vae"])))
-    write_component(folder / "unet", {"_class_name": "UNet2DConditionModel"} | config["unet"], unet.state_dict())
-    write_component(folder / "vae", {"_class_name": "AutoencoderKL"} | config["vae"], vae.state_dict())
+    write_component(folder / "unet", {"_class_name": KINDS[0]} | config["unet"], mini_unet(base).state_dict())
+    write_component(folder / "vae", {"_class_name": KINDS[1]} | config["vae"], vae.state_dict())
     for component in ("text_encoder", "text_encoder_2"):
         if component in config:
             model = clip(base, component)
@@ -98,9 +113,14 @@ def write_pipeline(folder: Path, base: str) -> Path:
     return folder
 
 
+def write_pipeline(folder: Path, base: str) -> Path:
+    """A copy of the mini pipeline, to do with as one likes."""
+    return shutil.copytree(pipeline_of(base), folder, dirs_exist_ok=True)
+
+
 def write_single(path: Path, unet: str, extra: dict | None = None) -> Path:
     """A mini LDM / SGM file by the recipe, with tensors that no module has, as the official files have them."""
-    tensors = by_recipe(SINGLE[unet]) | by_recipe(SINGLE["vae_mini"])
+    tensors = by_recipe(unet) | by_recipe("vae_mini")
     tensors |= {"alphas_cumprod": torch.rand(1000), "model_ema.decay": torch.tensor(0.9)} | (extra or {})
     config = {"unet": golden_config(unet), "vae": golden_config("vae_mini")}
     save_file(tensors, path, {"config": json.dumps(config)})
@@ -145,7 +165,7 @@ def test_golden_unet_output_from_a_single_file(name, tmp_path):
 def test_golden_unet_output_from_a_ckpt(tmp_path):
     name = "unet_sd15_mini"
     config = golden_config(name)
-    torch.save({"state_dict": by_recipe(SINGLE[name]), "global_step": 3}, tmp_path / "diffusion_pytorch_model.ckpt")
+    torch.save({"state_dict": by_recipe(name), "global_step": 3}, tmp_path / "diffusion_pytorch_model.ckpt")
     (tmp_path / "config.json").write_text(json.dumps(config))
     unet = weights.load_unet(tmp_path / "diffusion_pytorch_model.ckpt")
     assert (outputs(unet, name) - golden("single_file_mini")[0][f"{name}.output"]).abs().max() <= 1e-5
@@ -166,7 +186,7 @@ def test_golden_vae_outputs_from_a_single_file(tmp_path):
 
 @pytest.mark.parametrize("convolutions", [False, True])
 def test_golden_vae_outputs_from_the_older_attention_names(convolutions, tmp_path):
-    tensors = by_recipe(SINGLE["vae_mini_legacy_attention"])
+    tensors = dict(by_recipe("vae_mini_legacy_attention"))
     old = [key for key, t in tensors.items() if ".attentions." in key and t.ndim == 2]
     assert len(old) == 8
     if convolutions:
@@ -177,7 +197,7 @@ def test_golden_vae_outputs_from_the_older_attention_names(convolutions, tmp_pat
 
 def test_averaged_weights_are_preferred_as_in_the_published_folder(tmp_path):
     name = "unet_sd15_mini"
-    plain = by_recipe(SINGLE[name])
+    plain = by_recipe(name)
     averaged = {}
     for key, tensor in plain.items():  # as the LDM code names a copy: the dots are taken out
         averaged["model_ema." + key.removeprefix("model.").replace(".", "")] = tensor.clone()
@@ -200,7 +220,7 @@ def test_open_clip_text_encoder_gives_open_clips_features(tmp_path):
     tensors = {layouts.CLIP_G + k[2:]: fill(k[2:], shape) for k, shape in fused.items()}
     tensors[layouts.CLIP_G + "logit_scale"] = torch.tensor(2.0)
     save_file(tensors, tmp_path / "x.safetensors", {"config": json.dumps({"text_encoder_2": config})})
-    model = weights._load_clip(tmp_path / "x.safetensors", "text_encoder_2", "cpu", torch.float32)
+    model = weights.load_clip(tmp_path / "x.safetensors", "text_encoder_2", "cpu", torch.float32)
     with torch.no_grad():
         assert (model(g["input_ids"]).text_embeds - g["text_features"]).abs().max() <= 1e-5
 
@@ -215,7 +235,7 @@ def test_folder_to_single_file_to_folder_is_equal(base, tmp_path):
     for load in (weights.load_unet, weights.load_vae):
         assert same(load(a).state_dict(), load(b).state_dict())
     for component in MINI[base].keys() - {"unet", "vae"}:
-        models = [weights._load_clip(place, component, "cpu", torch.float32) for place in (a, b)]
+        models = [weights.load_clip(place, component, "cpu", torch.float32) for place in (a, b)]
         assert same(models[0].state_dict(), models[1].state_dict())
     weights.save_unet(weights.load_unet(b), tmp_path / "c")
     assert same(weights.load_unet(a).state_dict(), weights.load_unet(tmp_path / "c").state_dict())
@@ -266,7 +286,7 @@ def test_written_type_and_metadata(name, tmp_path):
 
 
 def test_a_compiled_unet_is_saved_under_its_own_names(tmp_path):
-    unet = filled(UNet(UNetConfig.from_dict(MINI["sd15"]["unet"])))
+    unet = mini_unet("sd15")
     weights.save_unet(torch.compile(unet), tmp_path)
     assert same(weights.load_unet(tmp_path).state_dict(), unet.state_dict())
 
@@ -352,21 +372,23 @@ def test_a_single_file_in_the_hubs_cache_is_read(tmp_path):
 def test_the_authors_folders_hold_both_unets(tmp_path):
     folder = write_pipeline(tmp_path, "sdxl")
     (folder / "unet").rename(folder / "original_unet")
-    tuned = filled(UNet(UNetConfig.from_dict(MINI["sdxl"]["unet"])))
-    tuned.conv_out.bias.data += 1
-    config = {"_class_name": "UNet2DConditionModel"} | MINI["sdxl"]["unet"]
-    write_component(folder / "fine_tuned_unet", config, tuned.state_dict())
+    tuned = mini_unet("sdxl").state_dict()
+    tuned["conv_out.bias"] = tuned["conv_out.bias"] + 1
+    write_component(folder / "fine_tuned_unet", {"_class_name": KINDS[0]} | MINI["sdxl"]["unet"], tuned)
     shard(folder / "fine_tuned_unet")
-    base, loaded = weights.load_tuned(folder, "tiny")  # whose base is not looked for: the folder brings its own
+    base, loaded = weights.load_tuned(folder, weights.own_base(folder))
     golden_output = golden("unet_sdxl_mini")[0]["output"]
     assert (outputs(base, "unet_sdxl_mini") - golden_output).abs().max() <= 1e-5
     assert (outputs(loaded, "unet_sdxl_mini") - golden_output - 1).abs().max() <= 1e-5
     assert same(weights.load_unet(folder).state_dict(), base.state_dict())
+    with pytest.raises(ValueError, match="takes text of width 80, the base 48"):
+        weights.load_tuned(folder, pipeline_of("sd15"))
 
 
 def test_a_run_is_read_with_its_base(tmp_path):
     base = write_pipeline(tmp_path / "base", "sd15")
     weights.save_unet(weights.load_unet(base), tmp_path / "run" / "unet")
+    assert weights.own_base(tmp_path / "run") is None
     first, second = weights.load_tuned(tmp_path / "run", base)
     assert first is not second
     assert torch.equal(outputs(first, "unet_sd15_mini"), outputs(second, "unet_sd15_mini"))
@@ -374,8 +396,113 @@ def test_a_run_is_read_with_its_base(tmp_path):
 
 def test_a_run_of_another_base_is_told_by_its_flag(tmp_path):
     run = write_pipeline(tmp_path / "run", "sdxl")
-    with pytest.raises(ValueError, match=r"run: takes text of width 80, the base 48; --base"):
+    with pytest.raises(ValueError, match=r"run: takes text of width 80, the base 48; --base the folder"):
         weights.load_tuned(run, write_pipeline(tmp_path / "base", "sd15"))
+
+
+# what diffusers makes of our files
+
+
+@BOTH
+def test_diffusers_reads_what_is_written_to_the_last_key(base, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = pipeline_of(base)
+    unet, path = weights.load_unet(pipeline), tmp_path / "x.safetensors"
+    weights.save_unet(unet, tmp_path / "unet")
+    weights.save_unet(unet, path, "single-file", base=pipeline)
+    kind = diffusers.UNet2DConditionModel
+    theirs, info = kind.from_pretrained(tmp_path / "unet", output_loading_info=True)
+    assert not any(info.values())
+    alike = {"config": str(pipeline), "local_files_only": True}
+    for model in (theirs, kind.from_single_file(str(path), subfolder="unet", **alike)):
+        assert same(dict(model.state_dict()), dict(unet.state_dict()))
+    vae = diffusers.AutoencoderKL.from_single_file(str(path), subfolder="vae", **alike)
+    assert same(dict(vae.state_dict()), dict(weights.load_vae(pipeline).state_dict()))
+
+
+# full size: minutes, and up to 24 GB on disk
+
+LOAD = """
+import json, sys, time, torch, weights
+from safetensors.torch import load_file, save_file
+
+def memory(kind):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind))
+
+source, dtype, inputs, output = sys.argv[1:]
+dtype, before, start = getattr(torch, dtype), memory("VmRSS"), time.time()
+unet = weights.load_unet(source, dtype=dtype)
+loaded = time.time() - start
+x = {key: t.to(dtype) for key, t in load_file(inputs).items()}
+with torch.no_grad():
+    save_file({"eps": unet(x.pop("latents"), 500, **x).float()}, output)
+size = sum(p.nbytes for p in unet.parameters())
+print(json.dumps({"seconds": loaded, "peak / weights": (memory("VmHWM") - before) / size}))
+"""
+
+
+def run_full(source: Path, dtype: str, folder: Path, expected: torch.Tensor, tolerance: float) -> None:
+    """Load and run in a fresh process; compare output and peak memory."""
+    call = [sys.executable, "-c", LOAD, str(source), dtype, str(folder / "inputs"), str(folder / "output")]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    difference = (load_file(folder / "output")["eps"] - expected).abs().max().item()
+    print(f"\n{source.name} {dtype}: {told}, difference {difference:.1e}")
+    assert difference <= tolerance
+    assert told["peak / weights"] <= 1.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+def test_full_size_loads_from_every_layout_and_computes_what_diffusers_does(base, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    config = {"sd15": unets.SD15, "sdxl": unets.SDXL}[base]
+    keys = FOLDERS[f"{base}_unet"]
+    x = {"latents": rnd("latents", 1, 4, 16, 8), "context": rnd("context", 1, 77, config.context)}
+    if base == "sdxl":
+        x |= {"pooled": rnd("pooled", 1, 1280), "time_ids": torch.tensor([[128.0, 64, 0, 0, 128, 64]])}
+    save_file(x, tmp_path / "inputs")
+    try:
+        unet = tmp_path / "pipeline" / "unet"
+        write_component(unet, {"_class_name": KINDS[0]} | config.to_dict(), {k: fill(k, s) for k, s in keys.items()})
+        theirs = diffusers.UNet2DConditionModel.from_pretrained(unet).eval()
+        added = {"text_embeds": x["pooled"], "time_ids": x["time_ids"]} if base == "sdxl" else None
+        with torch.no_grad():
+            expected = theirs(x["latents"], 500, x["context"], added_cond_kwargs=added).sample
+        del theirs
+        run_full(unet, "float32", tmp_path, expected, 1e-4)
+        run_full(unet, "bfloat16", tmp_path, expected, 0.1)
+        write_others(unet.parent, base)
+        single = tmp_path / "single.safetensors"
+        call = ["convert", unet.parent, single, "--layout", "single-file"]
+        assert command(*call).returncode == 0
+        written = {key: list(t.shape) for key, t in files.read_file(single).items()}
+        official = SINGLE[f"{base}_unet"] | SINGLE["vae"]
+        assert {key: written[key] for key in official} == official
+        shard(unet)
+        run_full(unet, "float32", tmp_path, expected, 1e-4)
+        shutil.rmtree(unet.parent)
+        run_full(single, "float32", tmp_path, expected, 1e-4)
+        if base == "sd15":
+            torch.save({"state_dict": files.read_file(single)}, tmp_path / "single.ckpt")
+            single.unlink()
+            run_full(tmp_path / "single.ckpt", "float32", tmp_path, expected, 1e-4)
+    finally:
+        shutil.rmtree(tmp_path)
+
+
+def write_others(pipeline: Path, base: str) -> None:
+    """The autoencoder and the text encoders of a base at full size, by the recipe."""
+    vae = vaes.SDXL if base == "sdxl" else vaes.SD15
+    tensors = {key: fill(key, shape) for key, shape in FOLDERS["vae"].items()}
+    write_component(pipeline / "vae", {"_class_name": KINDS[1]} | vae.to_dict(), tensors)
+    for component, keys, kind, config in (
+        ("text_encoder", "clip_l_text", "CLIPTextModel", weights.CLIP_L),
+        ("text_encoder_2", "open_clip_g_text", "CLIPTextModelWithProjection", weights.CLIP_G),
+    )[: 1 + (base == "sdxl")]:
+        tensors = {key: fill(key, shape) for key, shape in FOLDERS[keys].items()}
+        write_component(pipeline / component, {"architectures": [kind]} | config, tensors, "model")
 
 
 # errors
@@ -412,8 +539,7 @@ def test_a_stranger_inside_a_single_files_component_is_refused(tmp_path):
 
 def test_another_bases_file_is_told_with_the_flag_that_fits(tmp_path):
     place = write_pipeline(tmp_path, "sd15") / "unet"
-    unet = filled(UNet(UNetConfig.from_dict(MINI["sdxl"]["unet"])))
-    save_file(unet.state_dict(), place / "diffusion_pytorch_model.safetensors")
+    save_file(mini_unet("sdxl").state_dict(), place / "diffusion_pytorch_model.safetensors")
     assert message(place).endswith("looks like an SDXL UNet; --base sdxl")
     (tmp_path / "refiner.safetensors").touch()
     save_file({"conditioner.embedders.0.model.ln_final.bias": torch.zeros(1)}, tmp_path / "refiner.safetensors")
