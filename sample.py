@@ -23,7 +23,7 @@ def parse_args(argv=None):
     add("--switch", type=int, help="steps that the base model takes; 0: the tuned one alone (default: the paper's)")
     add("--aig", type=float, metavar="P", help="instead of a switch: AIG, tuned weight (i / T)^P, and no guidance")
     add("--steps", type=positive, default=40)
-    add("--guidance", type=float, help="of the base model (default: 7.5, SDXL 5.0, tiny 4.0); the tuned one has none")
+    add("--guidance", type=float, help="of the base model (default: 7.5, SDXL 5.0, tiny 2.0); the tuned one has none")
     add("--eta", type=float, default=1.0, help="0: DDIM, 1: DDPM (default: 1, as in the paper)")
     add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
     add("--seed", type=int, default=1, help="of the first image of each prompt; the next have the next seeds")

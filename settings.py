@@ -40,7 +40,7 @@ class Settings:
 TINY = Settings(
     resolution=64,
     reward="tiny",
-    guidance=4.0,
+    guidance=2.0,
     switch={"refl": 10, "imagerefl": 30},
     start=30,
     lr=1e-4,

@@ -40,7 +40,7 @@ def test_writes_images_a_grid_and_their_settings(tmp_path, base_unet):
     text = Image.open(tmp_path / "00001-2.png").info["parameters"]
     first, settings = text.split("\n")
     assert first == "ein grüner Frosch"
-    assert settings.startswith("Steps: 4, Sampler: DDPM, CFG scale: 4, Seed: 2, Size: 64x64, Model: tiny, Switch: 3")
+    assert settings.startswith("Steps: 4, Sampler: DDPM, CFG scale: 2, Seed: 2, Size: 64x64, Model: tiny, Switch: 3")
     assert Image.open(tmp_path / "00000-1.png").size == (64, 64)
 
 

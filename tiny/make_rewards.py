@@ -120,7 +120,7 @@ def decoded(emoji: EmojiSet, count: int, seed: int, device: str) -> list[Example
         with torch.autocast(device, torch.bfloat16):
             x0 = vae.sample(images, generator)
             x = scheduler.add_noise(x0, randn(x0.shape, generator, x0.device), scheduler.timesteps[start])
-            predict = guided(unet, words, empty, 4.0) if at % 128 else plain(unet, words)
+            predict = guided(unet, words, empty, 2.0) if at % 128 else plain(unet, words)
             x = denoise(scheduler, predict, x, scheduler.steps[start:], generator)
             made = vae.decode(x).float().clamp(-1, 1).cpu()
         examples += [Example(image, p, 0.25 * (1 - start / 40)) for image, p in zip(made, shows, strict=True)]
