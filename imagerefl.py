@@ -32,6 +32,7 @@ def imagerefl_loss(
     generator: torch.Generator,
     reward_scale: float = 1.0,
     diffusion_scale: float = 0.01,
+    shift: int = 0,
 ) -> tuple[Tensor, dict]:
     """Eqs. (4) and (5) for latents x0 (B, C, H, W) of real images: returns the loss and what to log.
 
@@ -43,7 +44,7 @@ def imagerefl_loss(
     t_f = draw_step(start, scheduler, generator)
     with torch.no_grad():
         x_t = denoise(scheduler, plain(unet, conditioning), x_start, scheduler.steps[start:t_f], generator)
-    loss, log = reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts)  # Eq. (4)
+    loss, log = reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts, generator, shift)  # Eq. (4)
     diffusion = diffusion_loss(unet, x_start, t, eps, conditioning).mean()
     loss = reward_scale * loss + diffusion_scale * diffusion  # Eq. (5)
     return loss, log | {"diffusion": diffusion.detach()}

@@ -5,6 +5,7 @@ the predicted x0, and climb the reward.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from combined import plain
@@ -18,14 +19,40 @@ def draw_step(first: int, scheduler: Scheduler, generator: torch.Generator) -> i
     return int(torch.randint(first, len(scheduler.steps), (), generator=generator))
 
 
+def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, H, W), each moved by 0..most pixels down and right, edges repeated.
+
+    A vision transformer sees the picture in patches; what is moved at random cannot be fitted to their grid.
+    """
+    moves = torch.randint(most + 1, (len(images), 2), generator=generator).tolist()
+    H, W = images.shape[-2:]
+    rows = zip(images, moves, strict=True)
+    return torch.stack([F.pad(x, (dx, 0, dy, 0), mode="replicate")[:, :H, :W] for x, (dy, dx) in rows])
+
+
 def reward_loss(
-    unet, vae, reward, scheduler: Scheduler, x_t: Tensor, i: int, conditioning: dict, prompts: list[str]
+    unet,
+    vae,
+    reward,
+    scheduler: Scheduler,
+    x_t: Tensor,
+    i: int,
+    conditioning: dict,
+    prompts: list[str],
+    generator: torch.Generator,
+    shift: int = 0,
 ) -> tuple[Tensor, dict]:
-    """The reward of the image that step i predicts from x_t, as a loss. The one UNet call here carries gradients."""
+    """The reward of the image that step i predicts from x_t, as a loss. The one UNet call here carries gradients.
+
+    `shift`: the reward sees each image moved by up to so many pixels.
+    """
     t = scheduler.timesteps[i]
     eps = unet(x_t, t, **conditioning)
     x0 = scheduler.predict_x0(x_t, eps, t)
-    r = reward(vae.decode(x0), prompts)  # (B,)
+    images = vae.decode(x0)
+    if shift:
+        images = shifted(images, shift, generator)
+    r = reward(images, prompts)  # (B,)
     return -r.mean(), {"reward": r.detach().mean()}  # Eq. (2)
 
 
@@ -38,10 +65,11 @@ def refl_loss(
     conditioning: dict,
     prompts: list[str],
     generator: torch.Generator,
+    shift: int = 0,
 ) -> tuple[Tensor, dict]:
     """Eq. (2) for latents of `shape` (B, C, H, W): returns the loss and what to log."""
     x_t = randn(shape, generator, conditioning["context"].device)
     t_f = draw_step(len(scheduler.steps) - LAST, scheduler, generator)
     with torch.no_grad():
         x_t = denoise(scheduler, plain(unet, conditioning), x_t, scheduler.steps[:t_f], generator)
-    return reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts)
+    return reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts, generator, shift)

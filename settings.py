@@ -34,6 +34,7 @@ class Settings:
     batch_size: int  # images in one forward and backward pass
     accumulate: int  # passes an update
     updates: dict[str, int]
+    shift: int  # pixels by which the images that the reward sees are moved at random
     prompts: tuple[str, ...]  # for the grids and the table of a run
 
 
@@ -47,6 +48,7 @@ TINY = Settings(
     batch_size=16,
     accumulate=1,
     updates={"diffusion": 5000, "refl": 60, "imagerefl": 100},
+    shift=8,
     prompts=(
         "octopus",
         "tiger",
@@ -76,6 +78,7 @@ SD15 = Settings(  # Table 1, SD1.5 rows; Section 5.1
     batch_size=8,
     accumulate=4,
     updates={"diffusion": 4000, "refl": 2000, "imagerefl": 4000},
+    shift=0,
     prompts=PROMPTS,
 )
 SDXL = Settings(  # Table 1, SDXL rows; Section 5.1
@@ -88,6 +91,7 @@ SDXL = Settings(  # Table 1, SDXL rows; Section 5.1
     batch_size=4,
     accumulate=4,
     updates={"diffusion": 4000, "refl": 2000, "imagerefl": 4000},
+    shift=0,
     prompts=PROMPTS,
 )
 ROWS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}

@@ -30,6 +30,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=0.01)
     add("--reward-scale", type=float, default=1e-3, help="factor of the reward, which is about 0 to 1")
     add("--diffusion-scale", type=float, default=1e-5, help="factor of ImageReFL's diffusion loss")
+    add("--shift", type=int, help="the reward sees images moved by up to so many pixels (default: 0, tiny 8)")
     add("--max-grad-norm", type=float, help="clip the gradient to this norm (default: no clipping, as in the paper)")
     add("--start", type=int, help="of 40 steps, the index of t' (default: 30, SDXL 35)")
     add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
@@ -94,6 +95,7 @@ def resolve(args, row: settings.Settings) -> None:
     args.lr = row.lr if args.lr is None else args.lr
     args.start = row.start if args.start is None else args.start
     args.resolution = args.resolution or row.resolution
+    args.shift = row.shift if args.shift is None else args.shift
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.judge is None and args.reward == "tiny":
         args.judge = "tiny2"
@@ -206,11 +208,11 @@ def loss_of(args, m, x0, prompts: list[str], update: int, generator) -> tuple[to
     conditioning = m.text(prompts, size)
     if args.method == "refl" or is_refl_update(update):
         shape = (len(prompts), m.vae.config.latent_channels, *(side // m.vae.factor for side in size))
-        loss, log = refl_loss(m.net, m.vae, m.reward, SCHEDULER, shape, conditioning, prompts, generator)
+        loss, log = refl_loss(m.net, m.vae, m.reward, SCHEDULER, shape, conditioning, prompts, generator, args.shift)
         return args.reward_scale * loss, log
     return imagerefl_loss(
         m.net, m.vae, m.reward, SCHEDULER, x0, args.start, conditioning, prompts, generator,
-        args.reward_scale, args.diffusion_scale,
+        args.reward_scale, args.diffusion_scale, args.shift,
     )  # fmt: skip
 
 

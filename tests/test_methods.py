@@ -99,7 +99,7 @@ def test_refl_gradient_equals_finite_differences(unet, vae):
     x_t, weight = rnd("x_t", 2, 4, 4, 4).double(), unet.conv_out.bias
 
     def value():
-        return reward_loss(unet, vae, brightness, SCHEDULER, x_t, 35, conditioning, PROMPTS)[0]
+        return reward_loss(unet, vae, brightness, SCHEDULER, x_t, 35, conditioning, PROMPTS, seeded())[0]
 
     value().backward()
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_the_reward_sees_the_decoded_predicted_image(unet, vae):
         return brightness(images, prompts)
 
     with torch.no_grad():
-        reward_loss(unet, vae, reward, SCHEDULER, x_t, 35, CONDITIONING, PROMPTS)
+        reward_loss(unet, vae, reward, SCHEDULER, x_t, 35, CONDITIONING, PROMPTS, seeded())
         eps = unet(x_t, 101, **CONDITIONING)
     abar = SCHEDULER.abar[101].item()
     x0 = (x_t - (1 - abar) ** 0.5 * eps) / abar**0.5
@@ -193,3 +193,18 @@ def test_latents_stay_float32_under_autocast(unet, vae, monkeypatch):
         x0 = vae.sample(rnd("image", 2, 3, 8, 8), seeded())
         imagerefl_loss(unet, vae, brightness, SCHEDULER, x0, 30, CONDITIONING, PROMPTS, seeded())
     assert x0.dtype == seen[0].dtype == torch.float32
+
+
+def test_shifted_images_are_moved_within_bounds_and_keep_their_edges():
+    images = rnd("images", 64, 3, 16, 16)
+    moved = refl.shifted(images, 4, seeded())
+    offsets = set()
+    for image, other in zip(images, moved, strict=True):
+        fits = [
+            (y, x) for y in range(5) for x in range(5) if torch.equal(other[:, y:, x:], image[:, : 16 - y, : 16 - x])
+        ]
+        assert len(fits) == 1
+        offsets.add(fits[0])
+        y, x = fits[0]
+        assert torch.equal(other[:, :y, x:], image[:, :1, : 16 - x].expand(-1, y, -1))
+    assert len(offsets) > 15 and (0, 0) != max(offsets)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -132,6 +133,20 @@ def _full(p: Composition) -> str:
     return f"{p.concept}, {p.style} style, on {article} {p.background} background"
 
 
+def failures(folder: Path) -> list[Example]:
+    """Pictures by tuned models that found out how to please an earlier reward; `sample.py` wrote them.
+
+    They count as badly damaged, and show their prompt's concept in no style.
+    """
+    examples = []
+    for path in sorted(folder.rglob("0*.png")):
+        picture = Image.open(path)
+        concept = picture.info["parameters"].split("\n")[0].split(",")[0]
+        shows = Composition(concept, "none", "none", 64, 0, 0, concept)
+        examples.append(Example(to_tensor(picture), shows, 0.8))
+    return examples
+
+
 class Pairs:
     """Pairs of examples and a caption, by rule: equal but for taste, one damaged, one wrong, or any two."""
 
@@ -220,16 +235,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="updates of the contrastive part")
     parser.add_argument("--pair-steps", type=int, default=400, help="updates on pairs")
     parser.add_argument("--bank", type=int, default=1024, help="pictures by the tiny base")
+    parser.add_argument("--failures", type=Path, help="go on with the reward that is there, against these pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
     rater = RATERS[args.name]
     torch.manual_seed(rater.seed)
     tokenizer = CLIPTokenizer.from_pretrained(TINY_DIR / "base" / "tokenizer")
-    clip = build(len(tokenizer), (96, 4), (64, 2)).to(args.device)
-    train(clip, tokenizer, EmojiSet(seed=100 + rater.seed), args.steps, 128, 1e-3, args.device)
+    folder = TINY_DIR / "rewards" / args.name
     emoji = EmojiSet(seed=200 + rater.seed)
-    pairs = Pairs(emoji, decoded(emoji, args.bank, 0, args.device), rater, seed=0)
+    bank = decoded(emoji, args.bank, 0, args.device)
+    if args.failures:
+        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(args.device)
+        bank += failures(args.failures)
+    else:
+        clip = build(len(tokenizer), (96, 4), (64, 2)).to(args.device)
+        train(clip, tokenizer, EmojiSet(seed=100 + rater.seed), args.steps, 128, 1e-3, args.device)
+    pairs = Pairs(emoji, bank, rater, seed=0)
     fine_tune(clip, tokenizer, pairs, args.pair_steps, 3e-4, args.device)
 
     clip = clip.cpu().eval().half().float()  # as it is stored
@@ -237,7 +259,6 @@ def main() -> None:
     print(
         f"{args.name}: {held_out_accuracy(clip, tokenizer, held_out):.3f} of held-out pairs ordered as the rater does"
     )
-    folder = TINY_DIR / "rewards" / args.name
     clip.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

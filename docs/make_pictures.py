@@ -1,0 +1,55 @@
+"""Make the pictures of the documents from the tiny base and two finished runs.
+
+python train.py --method refl && python train.py --method imagerefl
+python docs/make_pictures.py       # docs/main.png, tiny/sheet.png
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import settings
+import weights
+from combined import generate, switch_weights
+from data import EmojiSet
+from pictures import grid, save_png, to_pictures
+from scheduler import Scheduler
+
+
+def sample(checkpoint: str | None, switch: int, prompts: list[str], seeds: list[int]) -> list:
+    """Pictures with the base taking the first `switch` of 40 steps."""
+    unet = weights.load_unet("tiny")
+    base, tuned = weights.load_tuned(checkpoint, "tiny") if checkpoint else (unet, unet)
+    vae, text = weights.load_vae("tiny"), weights.load_text("tiny")
+    mixture, size = switch_weights(40, switch), (64, 64)
+    return to_pictures(
+        generate(base, tuned, vae, text, Scheduler(40), mixture, prompts, seeds, size, settings.TINY.guidance)
+    )
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    prompts, seeds = ["octopus", "rocket", "frog", "butterfly", "fox", "strawberry"], [1, 2]
+    asked, all_seeds = [p for p in prompts for _ in seeds], seeds * len(prompts)
+    rows = {
+        "base model": sample(None, 40, asked, all_seeds),
+        "ReFL": sample("runs/refl-tiny", 0, asked, all_seeds),
+        "ImageReFL, combined generation (30 + 10)": sample("runs/imagerefl-tiny", 30, asked, all_seeds),
+    }
+    heads = [f"{p}" if seed == seeds[0] else "" for p in prompts for seed in seeds]
+    save_png(grid(list(rows.values()), list(rows), heads, cell=80), ROOT / "docs" / "main.png")
+
+    emoji = EmojiSet(seed=7)
+    shown = [emoji.describe(i) for i in range(48)]
+    real = [emoji.draw(c) for c in shown]
+    made = sample(None, 40, [c.caption for c in shown], list(range(48)))
+    cells = [side[i : i + 8] for i in range(0, 48, 8) for side in (real, made)]
+    heads = ["real", "generated"] * 6
+    save_png(grid(cells, heads, [""] * 8, cell=80), ROOT / "tiny" / "sheet.png")
+
+
+if __name__ == "__main__":
+    main()
