@@ -383,7 +383,7 @@ def measure(images: torch.Tensor, prompts: list[str], m, row: settings.Settings)
     if row is settings.TINY:
         features = metrics.clip_features(settings.FEATURES, images.device)(images)
         per_prompt = metrics.group_diversity(features, asked)
-        table["diversity"] = [per_prompt.mean().item(), per_prompt.std().item()]
+        table["diversity"] = [per_prompt.mean().item(), per_prompt.std(correction=min(1, len(per_prompt) - 1)).item()]
     return table
 
 
