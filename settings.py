@@ -44,10 +44,10 @@ TINY = Settings(
     guidance=2.0,
     switch={"refl": 10, "imagerefl": 30},
     start=30,
-    lr=3e-5,
+    lr=4.5e-5,
     batch_size=16,
     accumulate=1,
-    updates={"diffusion": 5000, "refl": 60, "imagerefl": 100},
+    updates={"diffusion": 5000, "refl": 60, "imagerefl": 150},
     shift=8,
     prompts=(
         "octopus",

@@ -19,10 +19,10 @@ def parse_args(argv=None):
     add("--reward-weights", help="files or folders of the rewards, in their order, joined by commas")
     add("--judge", help="a reward that is only measured, before and after (default for tiny: tiny2)")
     add("--data", help="folder with images and metadata.jsonl, or COCO captions_*.json; for refl also a prompt file")
-    add("--steps", type=positive, help="updates; default: the paper's, 100 for the tiny base")
+    add("--steps", type=positive, help="updates; default: the paper's, 150 for the tiny base")
     add("--batch-size", type=positive, help="images in one pass (default: 8 SD1.5, 4 SDXL, 16 tiny)")
     add("--accumulate", type=positive, help="passes an update (default: 4, 1 for the tiny base)")
-    add("--lr", type=float, help="of AdamW (default: 3e-4, 3e-5 for the tiny base)")
+    add("--lr", type=float, help="of AdamW (default: 3e-4, 4.5e-5 for the tiny base)")
     add(
         "--lr-schedule", choices=("constant", "cosine"), default="constant", help="cosine: down to 0 at the last update"
     )
