@@ -74,7 +74,8 @@ def choose(args) -> dict:
 
 def main(args) -> None:
     known = choose(args)
-    row = settings.of(args.base, weights.read_config(args.base, "unet"))
+    config = weights.read_config(args.base, "unet")
+    row = settings.of(args.base, config)
     if args.switch is None:
         args.switch = round(row.switch.get(known.get("method"), row.start) * args.steps / 40)
     if args.guidance is None:
@@ -98,6 +99,10 @@ def main(args) -> None:
     dtype = dtype or (torch.bfloat16 if args.device != "cpu" else torch.float32)
     base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
+
+    multiple = vae.factor * 2 ** (len(config["block_out_channels"]) - 1)
+    if resolution % multiple:
+        raise ValueError(f"--resolution {resolution}: must be a multiple of {multiple}")
 
     output, size = Path(args.output_dir), (resolution, resolution)
     jobs = [(p, args.seed + k) for p in prompts for k in range(args.images_per_prompt)]
