@@ -193,10 +193,11 @@ def find_in_hub(source: str, component: str) -> Path:
         reason = "the repository has none"
     except OSError as error:
         reason = error
+    unets = "original_unet/, fine_tuned_unet/" if component == "tuned_unet" else "unet/"
     either = f", or {SINGLE[repo]} of it," if repo in SINGLE else ""
     raise FileNotFoundError(
         f"{source}: no {component} in the hub's local cache, and no download ({reason}); get the repository "
-        f"huggingface.co/{repo} (`hf download {repo}`: unet/, vae/, text_encoder*/, tokenizer*/){either} and leave "
+        f"huggingface.co/{repo} (`hf download {repo}`: {unets}, vae/, text_encoder*/, tokenizer*/){either} and leave "
         f"it in the cache or name its folder or file instead of {source}"
     )
 

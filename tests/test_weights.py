@@ -127,6 +127,12 @@ def write_single(path: Path, unet: str, extra: dict | None = None) -> Path:
     return path
 
 
+def rewrite(path: Path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -370,7 +376,7 @@ def test_a_single_file_in_the_hubs_cache_is_read(tmp_path):
 
 
 def test_the_authors_folders_hold_both_unets(tmp_path):
-    folder = write_pipeline(tmp_path, "sdxl")
+    folder = write_pipeline(tmp_path / "authors", "sdxl")
     (folder / "unet").rename(folder / "original_unet")
     tuned = mini_unet("sdxl").state_dict()
     tuned["conv_out.bias"] = tuned["conv_out.bias"] + 1
@@ -381,6 +387,12 @@ def test_the_authors_folders_hold_both_unets(tmp_path):
     assert (outputs(base, "unet_sdxl_mini") - golden_output).abs().max() <= 1e-5
     assert (outputs(loaded, "unet_sdxl_mini") - golden_output - 1).abs().max() <= 1e-5
     assert same(weights.load_unet(folder).state_dict(), base.state_dict())
+    other = write_pipeline(tmp_path / "other", "sdxl")  # the folder's own base UNet is preferred to another one
+    rewrite(
+        other / "unet" / "diffusion_pytorch_model.safetensors",
+        lambda t: t.update({"conv_out.bias": t["conv_out.bias"] + 3}),
+    )
+    assert same(weights.load_tuned(folder, other)[0].state_dict(), base.state_dict())
     with pytest.raises(ValueError, match="takes text of width 80, the base 48"):
         weights.load_tuned(folder, pipeline_of("sd15"))
 
@@ -515,12 +527,6 @@ def message(source, load=weights.load_unet) -> str:
         load(source)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def rewrite(path: Path, change) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
 
 
 def test_missing_unexpected_and_misshaped_keys_are_named_and_counted(tmp_path):
