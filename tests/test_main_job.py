@@ -53,7 +53,7 @@ def test_diffusers_loads_the_result(run):
 
 def test_diffusers_loads_the_tiny_base_as_a_pipeline():
     diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(ROOT / "tiny" / "base")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(ROOT / "tiny" / "base", torch_dtype=torch.float32)
     unet, vae = weights.load_unet("tiny"), weights.load_vae("tiny")
     x, context = torch.randn(1, 16, 8, 8), torch.randn(1, 24, 128)
     with torch.no_grad():
