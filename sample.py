@@ -68,7 +68,7 @@ def choose(args) -> dict:
         )
     about = Path(args.checkpoint) / "run.json"
     known = json.loads(about.read_text())["args"] if about.is_file() else {}
-    args.base = args.base or known.get("base", "tiny")
+    args.base = args.base or known.get("base") or weights.own_base(args.checkpoint) or "tiny"
     return known
 
 
