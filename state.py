@@ -22,6 +22,8 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, metadata)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.umask(mask := os.umask(0o022))
+        os.chmod(temporary, 0o666 & ~mask)  # as any new file; the library makes it private
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -161,6 +161,28 @@ def test_a_taken_output_folder_is_refused(tmp_path):
         run("--method", "diffusion", "--steps", "1", "--output-dir", str(tmp_path))
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.5, 0.0])
+def test_compiling_is_refused_where_it_changes_a_gradient(factor, tmp_path, monkeypatch):
+    """Stands for a compiler: torch 2.13's own loses the decoder's gradient in bf16 on a CPU."""
+
+    def compiler(f):
+        def compiled(*args, **kwargs):
+            y = f(*args, **kwargs)
+            return y.detach() + factor * (y - y.detach())  # the same value, another gradient
+
+        return compiled
+
+    monkeypatch.setattr(train.torch, "compile", compiler)
+    flags = ["--method", "diffusion", "--steps", "1", "--compile", "--output-dir", str(tmp_path / "run")]
+    if factor == 1:
+        run(*flags)
+        assert log_of(tmp_path / "run")[0]["grad_norm"] > 0
+    else:
+        with pytest.raises(ValueError, match="--compile: the autoencoder's compiled gradient is wrong"):
+            run(*flags)
+        assert not (tmp_path / "run").exists()
+
+
 def test_underscores_are_dashes():
     args = train.parse_args(["--batch_size", "3", "--output_dir=a_b"])
     assert (args.batch_size, args.output_dir) == (3, "a_b")
