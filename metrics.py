@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPModel, Dinov2Model, ViTModel
 
 from inception import load_inception
+from pictures import CLIP_MEAN, CLIP_STD, preprocess
 from weights import read_file
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -317,17 +317,6 @@ def clip_features(folder: str | Path, device="cpu") -> Callable[[Tensor], Tensor
         return F.normalize(model.visual_projection(model.vision_model(pixel_values=x).pooler_output), dim=-1)
 
     return features
-
-
-def preprocess(images: Tensor, size: int, mean: tuple, std: tuple) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size): shorter side resized, centre crop, scaled."""
-    x = (images / 2 + 0.5).clamp(0, 1)
-    H, W = (size * side // min(x.shape[-2:]) for side in x.shape[-2:])
-    if (H, W) != x.shape[-2:]:
-        x = F.interpolate(x, (H, W), mode="bicubic", align_corners=False, antialias=True)
-    top, left = round((H - size) / 2), round((W - size) / 2)
-    x = x[..., top : top + size, left : left + size]
-    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
 
 
 def _weight_file(folder: str | Path, repository: str) -> Path:

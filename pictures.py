@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -20,6 +23,17 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1], clamped -> pictures."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def preprocess(images: Tensor, size: int, mean: tuple, std: tuple) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size): shorter side resized, centre crop, scaled."""
+    x = (images / 2 + 0.5).clamp(0, 1)
+    H, W = (size * side // min(x.shape[-2:]) for side in x.shape[-2:])
+    if (H, W) != x.shape[-2:]:
+        x = F.interpolate(x, (H, W), mode="bicubic", align_corners=False, antialias=True)
+    top, left = round((H - size) / 2), round((W - size) / 2)
+    x = x[..., top : top + size, left : left + size]
+    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
 
 
 def save_png(picture: Image.Image, path: str | Path, parameters: str | None = None) -> None:

@@ -27,16 +27,16 @@ from transformers import (
     CLIPTokenizer,
 )
 
+import pictures
 from mps import MPS
+from pictures import CLIP_MEAN, CLIP_STD
 
 # ------------------------------------------------------------------------------------------- images -> pixels
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's statistics, which BLIP shares
-STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
-    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+    """By CLIP's statistics, which BLIP shares."""
+    return (x - x.new_tensor(CLIP_MEAN)[:, None, None]) / x.new_tensor(CLIP_STD)[:, None, None]
 
 
 def unit_range(images: torch.Tensor) -> torch.Tensor:
@@ -55,11 +55,7 @@ def preprocess(images: torch.Tensor, size: int) -> torch.Tensor:
     The paper's path for every reward: shortest side to `size` by antialiased bicubic, centre crop, CLIP
     statistics; equal to torchvision's. Bicubic overshoots [0, 1] by a few percent, which is not clamped.
     """
-    x = unit_range(images)
-    height, width = shortest_side(*x.shape[-2:], size)
-    x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return normalise(x[..., top : top + size, left : left + size])
+    return pictures.preprocess(images.float(), size, CLIP_MEAN, CLIP_STD)
 
 
 def preprocess_padded(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ No torch here, so that `--help` answers at once.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 VERSION = "0.1.0"
@@ -81,18 +81,12 @@ SD15 = Settings(  # Table 1, SD1.5 rows; Section 5.1
     shift=0,
     prompts=PROMPTS,
 )
-SDXL = Settings(  # Table 1, SDXL rows; Section 5.1
-    resolution=512,
-    reward="hpsv2.1",
+SDXL = replace(  # Table 1, SDXL rows; Section 5.1
+    SD15,
     guidance=5.0,
     switch={"refl": 20, "imagerefl": 35},
     start=35,
-    lr=3e-4,
     batch_size=4,
-    accumulate=4,
-    updates={"diffusion": 4000, "refl": 2000, "imagerefl": 4000},
-    shift=0,
-    prompts=PROMPTS,
 )
 ROWS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
 

@@ -109,6 +109,8 @@ def resolve(args, row: settings.Settings) -> None:
     for flag in ("ema", "snr_gamma"):
         if args.method != "diffusion" and getattr(args, flag):
             raise ValueError(f"--{flag.replace('_', '-')} goes with --method diffusion only")
+    if args.lora and args.ema:
+        raise ValueError("--lora: an average of adapters is not kept; leave out --ema")
     if args.init == "random" and (args.lora or args.method != "diffusion"):
         raise ValueError("--init random starts a UNet afresh: it goes with --method diffusion, and not with --lora")
     if args.cache_latents and args.method == "refl":

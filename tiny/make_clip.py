@@ -24,8 +24,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import state
 from data import Composition, EmojiSet
-from metrics import CLIP_MEAN, CLIP_STD
-from pictures import to_tensor
+from pictures import CLIP_MEAN, CLIP_STD, to_tensor
 
 TINY_DIR = Path(__file__).parent
 LENGTH = 24  # text tokens
