@@ -1,9 +1,10 @@
 """Train the autoencoder of the tiny base on fresh emoji compositions.
 
     python tiny/make_vae.py            # resumes from tiny/work/vae.safetensors if it is there
+    python tiny/make_vae.py --decoder  # then the decoder alone, which leaves the latents and the UNet as they are
 
-L1 on pixels, L1 on their gradients, and a small KL. Writes `tiny/base/vae/` in float16 with the measured latent scale
-and prints the PSNR on compositions never seen. 3,200 updates of 16 images.
+L1 on pixels, L1 on their gradients, a small KL, and for the decoder alone the PSNR itself. Writes `tiny/base/vae/` in
+float16 with the measured latent scale and prints the PSNR on compositions never seen. 3,200 updates of 16 images.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import state
+import weights
 from data import EmojiSet
 from vae import TINY, VAE
 
@@ -49,11 +51,20 @@ def gradients(x: torch.Tensor) -> list[torch.Tensor]:
 def loss_of(vae: VAE, x: torch.Tensor, kl_weight: float) -> tuple[torch.Tensor, float]:
     """Reconstruction and KL loss of images x (B, 3, H, W)."""
     mean, logvar = (t.float() for t in vae.encode(x))
-    y = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
+    y = vae.decode((mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * vae.config.scale).float()
     l1 = (y - x).abs().mean()
     l1 = l1 + 0.5 * sum((a - b).abs().mean() for a, b in zip(gradients(y), gradients(x), strict=True))
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return l1 + kl_weight * kl, kl.item()
+
+
+def decoder_loss(vae: VAE, x: torch.Tensor) -> torch.Tensor:
+    """What is measured, the mean logarithm of each image's squared error, beside the L1 terms; no gradient encodes."""
+    with torch.no_grad():
+        z = vae.sample(x)
+    y = vae.decode(z).float()
+    edges = sum((a - b).abs().mean() for a, b in zip(gradients(y), gradients(x), strict=True))
+    return 0.1 * (y - x).square().mean((1, 2, 3)).log().mean() + (y - x).abs().mean() + 0.5 * edges
 
 
 @torch.no_grad()
@@ -71,21 +82,31 @@ def evaluate(vae: VAE, seed: int, count: int, device: str) -> tuple[float, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3200, help="updates")
+    parser.add_argument("--decoder", action="store_true", help="go on with the shipped one's decoder alone")
+    parser.add_argument("--steps", type=int, help="updates (default: 3200, decoder 8000)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--lr", type=float, help="default: 8e-4, decoder 4e-4")
     parser.add_argument("--kl", type=float, default=2e-4, help="weight of the KL term, a mean over latents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=TINY_DIR / "base" / "vae")
     args = parser.parse_args()
 
+    args.steps = args.steps or (8000 if args.decoder else 3200)
+    args.lr = args.lr or (4e-4 if args.decoder else 8e-4)
     torch.manual_seed(args.seed)
-    images, saved = EmojiSet(seed=args.seed), TINY_DIR / "work" / "vae.safetensors"
-    vae = VAE(TINY)
-    initialise(vae)
-    vae = vae.to(args.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=1e-4, betas=(0.9, 0.99))
+    images, saved = EmojiSet(seed=args.seed), TINY_DIR / "work" / f"vae{'-decoder' * args.decoder}.safetensors"
+    if args.decoder:
+        vae = weights.load_vae("tiny")
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        vae = vae.to(args.device, memory_format=torch.channels_last)
+    else:
+        vae = VAE(TINY)
+        initialise(vae)
+        vae = vae.to(args.device)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-4, betas=(0.9, 0.99))
     first = state.load(saved, {"vae": vae}, optimizer)["step"] if saved.exists() else 0
     began = time.time()
     for step in range(first, args.steps):
@@ -95,10 +116,10 @@ def main() -> None:
         batch = range(step * args.batch_size, (step + 1) * args.batch_size)
         x = torch.stack([images[i][0] for i in batch]).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
-            loss, kl = loss_of(vae, x, args.kl)
+            loss, kl = (decoder_loss(vae, x), 0.0) if args.decoder else loss_of(vae, x, args.kl)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step % 50 == 49:
             seconds = (time.time() - began) / (step + 1 - first)
@@ -110,7 +131,7 @@ def main() -> None:
 
     vae = vae.eval().half().float()  # as it is stored
     psnr, std = evaluate(vae, args.seed + 1, 1024, args.device)
-    config = replace(TINY, scale=1 / std)
+    config = vae.config if args.decoder else replace(TINY, scale=1 / std)
     state.write(
         args.output / "diffusion_pytorch_model.safetensors",
         {k: t.half() for k, t in vae.state_dict().items()},
