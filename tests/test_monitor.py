@@ -1,0 +1,40 @@
+import torch
+
+import monitor
+
+
+def look(reward, judge, diversity, noise=0.01):
+    g = torch.Generator().manual_seed(0)
+    values = {"reward": reward, "judge": judge, "diversity": diversity}
+    return {k: v + noise * torch.randn(16, generator=g) for k, v in values.items()}
+
+
+FIRST = look(0.7, 0.64, 0.25, noise=0.0)
+
+
+def test_change_is_the_paired_mean_and_its_error():
+    first, now = {"reward": torch.tensor([1.0, 2.0, 4.0])}, {"reward": torch.tensor([2.0, 4.0, 7.0])}
+    difference, error = monitor.changes(first, now)["reward"]
+    assert difference == 2.0
+    assert abs(error - 1 / 3**0.5) < 1e-12  # differences 1, 2, 3: sd 1
+
+
+def test_warns_when_the_reward_rises_and_the_rest_falls():
+    assert monitor.overfits(monitor.changes(FIRST, look(0.8, 0.5, 0.1)))
+
+
+def test_does_not_warn_when_one_of_them_holds():
+    assert not monitor.overfits(monitor.changes(FIRST, look(0.8, 0.66, 0.1)))
+    assert not monitor.overfits(monitor.changes(FIRST, look(0.8, 0.5, 0.26)))
+    assert not monitor.overfits(monitor.changes(FIRST, look(0.6, 0.5, 0.1)))
+
+
+def test_does_not_warn_within_the_error():
+    assert not monitor.overfits(monitor.changes(FIRST, look(0.8, 0.5, 0.1, noise=3.0)))
+    assert not monitor.overfits(monitor.changes(FIRST, FIRST))
+
+
+def test_works_without_a_judge():
+    first, now = ({k: v for k, v in s.items() if k != "judge"} for s in (FIRST, look(0.8, 0.5, 0.1)))
+    assert monitor.overfits(monitor.changes(first, now))
+    assert "judge" not in monitor.line(monitor.changes(first, now))

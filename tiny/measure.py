@@ -1,0 +1,154 @@
+"""Measure the tiny base by its held-out features: what README.md in this folder says of it.
+
+    python tiny/measure.py
+
+Every figure is also given for real emoji, whose value is the best that the features can see. Takes ten minutes on two
+cores.
+"""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import metrics
+import rewards
+import settings
+import weights
+from combined import generate, switch_weights
+from data import Composition, EmojiSet
+from pictures import to_tensor
+from scheduler import Scheduler
+
+OPEN = ("octopus", "tiger", "red apple", "penguin", "rocket", "frog", "strawberry", "hamburger", "ghost", "owl")
+
+
+class Judge:
+    """The held-out CLIP as a classifier of concept, style and background."""
+
+    def __init__(self, emoji: EmojiSet, device: str):
+        self.emoji, self.device = emoji, device
+        self.clip = rewards.load("clipscore", settings.FEATURES, device)
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 64, 64) -> unit features (N, 128)."""
+        parts = (self.clip.prepare(part.to(self.device), self.clip.size) for part in images.split(256))
+        return torch.cat([F.normalize(self.clip.network.encode_image(part), dim=1).cpu() for part in parts])
+
+    def best(self, features: torch.Tensor, captions: list[str]) -> list[int]:
+        """The caption that fits each picture best."""
+        return (features @ self.clip.text(captions, self.device)[0].cpu().T).argmax(1).tolist()
+
+    def concept(self, features: torch.Tensor) -> list[str]:
+        return [self.emoji.concepts[i] for i in self.best(features, self.emoji.concepts)]
+
+    def style(self, features: torch.Tensor, concept: str) -> list[str]:
+        return [self.emoji.styles[i] for i in self.best(features, [f"{concept}, {s} style" for s in self.emoji.styles])]
+
+    def background(self, features: torch.Tensor, concept: str) -> list[str]:
+        grounds = self.emoji.backgrounds
+        captions = [f"{concept}, on a{'n' * (b == 'orange')} {b} background" for b in grounds]
+        return [grounds[i] for i in self.best(features, captions)]
+
+
+class Painter:
+    """The tiny base, with guidance; seeds count up."""
+
+    def __init__(self, device: str):
+        self.unet, self.vae, self.text = (
+            load("tiny", device) for load in (weights.load_unet, weights.load_vae, weights.load_text)
+        )
+        self.device, self.seed = device, 0
+
+    def __call__(self, prompts: list[str]) -> torch.Tensor:
+        made, mixture = [], switch_weights(40, 40)
+        for at in tqdm(range(0, len(prompts), 64), "sampling", unit="batch"):
+            part = prompts[at : at + 64]
+            seeds = [self.seed + k for k in range(len(part))]
+            self.seed += len(part)
+            with torch.autocast(self.device, torch.bfloat16):
+                images = generate(
+                    self.unet, self.unet, self.vae, self.text, Scheduler(40), mixture,
+                    part, seeds, (64, 64), settings.TINY.guidance,
+                )  # fmt: skip
+            made.append(images.float().clamp(-1, 1).cpu())
+        return torch.cat(made)
+
+
+def real(emoji: EmojiSet, shown: list[Composition]) -> torch.Tensor:
+    return torch.stack([to_tensor(emoji.draw(p)) for p in shown])
+
+
+def entropy(values: list[str]) -> float:
+    """Of the values' frequencies, in bits."""
+    shares = [n / len(values) for n in Counter(values).values()]
+    return -sum(p * math.log2(p) for p in shares)
+
+
+def agree(a: list[str], b: list[str]) -> float:
+    """Percent of equal entries."""
+    return 100 * sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--share", type=float, default=1.0, help="of the samples, to try it out")
+    args = parser.parse_args()
+    emoji = EmojiSet(seed=30_000)
+    judge, paint = Judge(emoji, args.device), Painter(args.device)
+
+    def report(what: str, base: float, true: float) -> None:
+        print(f"{what:58} {base:8.3f} {true:8.3f}", flush=True)
+
+    print(f"{'':58} {'base':>8} {'real':>8}")
+    # 8 pictures for each of 50 prompts
+    asked = [c for c in emoji.concepts[:50] for _ in range(max(1, round(8 * args.share)))]
+    shown = [replace(emoji.describe(i), concept=concept) for i, concept in enumerate(asked)]
+    sides = [judge.concept(judge.features(images)) for images in (paint(asked), real(emoji, shown))]
+    report("right concept first, 50 prompts, %", *(agree(side, asked) for side in sides))
+
+    # 64 pictures of each of 10 open prompts
+    count = max(8, round(64 * args.share))
+    kinds = {"base": [], "real": []}
+    for n, concept in enumerate(OPEN):
+        shown = [replace(emoji.describe(1000 * n + i), concept=concept) for i in range(count)]
+        for side, images in (("base", paint([concept] * count)), ("real", real(emoji, shown))):
+            features = judge.features(images)
+            kinds[side].append((judge.style(features, concept), judge.background(features, concept)))
+
+    def over_prompts(f) -> list[list[float]]:
+        return [[f(*pair) for pair in kinds[side]] for side in ("base", "real")]
+
+    report("open prompts: fewest styles of 4 seen", *map(min, over_prompts(lambda s, b: len(set(s)))))
+    report("open prompts: fewest backgrounds of 8 seen", *map(min, over_prompts(lambda s, b: len(set(b)))))
+    bits = over_prompts(lambda s, b: entropy(s))
+    report("open prompts: mean style entropy of 2 bits", *(sum(side) / len(side) for side in bits))
+
+    # prompts that name style and background
+    shown = [emoji.describe(50_000 + i) for i in range(round(400 * args.share))]
+    grounds = [f"on a{'n' * (p.background == 'orange')} {p.background} background" for p in shown]
+    painted = paint([f"{p.concept}, {p.style} style, {ground}" for p, ground in zip(shown, grounds, strict=True)])
+    sides = [judge.features(images) for images in (painted, real(emoji, shown))]
+    for name, of in (("style", judge.style), ("background", judge.background)):
+        found = [[of(f[None], p.concept)[0] for f, p in zip(side, shown, strict=True)] for side in sides]
+        report(f"named {name} obeyed, %", *(agree(side, [getattr(p, name) for p in shown]) for side in found))
+
+    # FID of 2,000 samples of the training captions' mixture
+    count = round(2000 * args.share)
+    shown = [emoji.describe(100_000 + i) for i in range(2 * count)]
+    one, other = judge.features(real(emoji, shown)).split(count)
+    base = judge.features(paint([p.caption for p in shown[:count]]))
+    report(f"FID against {count} real compositions", metrics.fid(base, other), metrics.fid(one, other))
+
+
+if __name__ == "__main__":
+    main()
