@@ -18,6 +18,7 @@ def parse_args(argv=None):
     add("--reward", help='what to climb, e.g. hpsv2.1 or "hpsv2.1=1,pickscore=0.5" (default: tiny, or hpsv2.1)')
     add("--reward-weights", help="files or folders of the rewards, in their order, joined by commas")
     add("--judge", help="a reward that is only measured, before and after (default for tiny: tiny2)")
+    add("--judge-weights", help="files or folders of the judge, as for --reward-weights")
     add("--data", help="folder with images and metadata.jsonl, or COCO captions_*.json; for refl also a prompt file")
     add("--steps", type=positive, help="updates; default: the paper's, 150 for the tiny base")
     add("--batch-size", type=positive, help="images in one pass (default: 8 SD1.5, 4 SDXL, 16 tiny)")
@@ -46,6 +47,9 @@ def parse_args(argv=None):
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (default: bfloat16 where the processor has it)")
     add("--seed", type=int, default=1)
     add("--sample-every", type=int, default=50, help="updates between grids of fixed prompts; 0: none")
+    add("--monitor", type=positive, metavar="N", help="every N updates: has the reward risen and all else fallen?")
+    add("--stop-on-collapse", action="store_true", help="with --monitor: end the run when that is so")
+    add("--dino", help="with --monitor: folder of DINO ViT-S/16, for the diversity; the tiny base has its own features")
     add("--save-every", type=positive, default=200, help="updates between states that --resume can take up")
     add("--prompts", help="file of prompts for the grids and the final table (default: the base's own)")
     add("--output-dir", help="default: runs/METHOD-BASE, with a number where that is taken")
@@ -69,6 +73,7 @@ from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
 import metrics  # noqa: E402
+import monitor  # noqa: E402
 import rewards  # noqa: E402
 import state  # noqa: E402
 import weights  # noqa: E402
@@ -113,6 +118,12 @@ def resolve(args, row: settings.Settings) -> None:
         raise ValueError("--lora: an average of adapters is not kept; leave out --ema")
     if args.init == "random" and (args.lora or args.method != "diffusion"):
         raise ValueError("--init random starts a UNet afresh: it goes with --method diffusion, and not with --lora")
+    if args.monitor and args.method == "diffusion":
+        raise ValueError("--monitor watches a reward: it goes with --method refl or imagerefl")
+    if args.monitor and not (args.judge or args.dino or row is settings.TINY):
+        raise ValueError("--monitor compares the reward with what is not trained on: give --judge, --dino, or both")
+    if (args.stop_on_collapse or args.dino) and not args.monitor:
+        raise ValueError(f"--{'dino' if args.dino else 'stop-on-collapse'} goes with --monitor N")
     if args.cache_latents and args.method == "refl":
         raise ValueError("--cache-latents: ReFL uses no images, so there are no latents to keep")
 
@@ -147,14 +158,18 @@ def autocast(args):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
-def load_models(args, config: dict) -> SimpleNamespace:
+def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
     """Everything with weights: `unet` trains, the rest is frozen; None for what the method does not need."""
     device, tunes = args.device, args.method != "diffusion"
     frozen = torch.bfloat16 if args.dtype == "bfloat16" and device != "cpu" else torch.float32
-    m = SimpleNamespace(base=None, reward=None, judge=None, ema=None)
+    m = SimpleNamespace(base=None, reward=None, judge=None, features=None, ema=None)
     if tunes:
         m.reward = rewards.build(args.reward, args.reward_weights, device, frozen if frozen != torch.float32 else None)
-        m.judge = rewards.build(args.judge, None, device) if args.judge else None
+        m.judge = rewards.build(args.judge, args.judge_weights, device) if args.judge else None
+        if args.dino:
+            m.features = metrics.dino_features(args.dino, device=device)
+        elif row is settings.TINY:
+            m.features = metrics.clip_features(settings.FEATURES, device)
     m.text = weights.load_text(args.base, device, frozen)
     m.vae = weights.load_vae(args.base, device, frozen).requires_grad_(False)
     if args.init == "random":
@@ -308,7 +323,7 @@ def main(args) -> None:
         raise ValueError(f"--data {args.data}: {args.method} needs images, and these are prompts alone")
     if isinstance(data, Pictures) and args.method == "refl":
         data = Captions([caption for _, caption in data.rows])  # no picture needs to be read
-    m = load_models(args, config)
+    m = load_models(args, row, config)
     check_size(args, m)
     optimizer = torch.optim.AdamW(m.parameters, args.lr, weight_decay=args.weight_decay, eps=ADAM_EPS)
     modules = {"unet": m.unet} | ({"ema": m.ema} if m.ema else {})
@@ -322,10 +337,12 @@ def main(args) -> None:
     state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
 
     if tunes and "base" not in about.setdefault("table", {}):
-        about["table"]["base"] = measure(images_of(args, m, row, prompts, 4, 40), prompts, m, row)
+        about["table"]["base"] = measure(images_of(args, m, row, prompts, 4, 40), prompts, m)
     if args.sample_every and not info["update"]:
         show(args, m, row, prompts, folder / "samples" / "step-000000.png")
-    stopped, failures = [], 0
+    if args.monitor and "monitor" not in about:
+        look(args, m, row, prompts, about)
+    stopped, failures, collapsed = [], 0, False
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stopped else stopped.append(True))
     bar = tqdm(range(info["update"], args.steps), args.method, args.steps, initial=info["update"], unit="update")
     with open(folder / "log.jsonl", "a") as log_file:
@@ -348,11 +365,17 @@ def main(args) -> None:
                 raise ValueError("10 updates in a row had no finite gradient; try a lower --lr or --dtype float32")
             if args.device != "cpu":
                 values["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            if args.monitor and (update + 1) % args.monitor == 0:
+                seen, warning = look(args, m, row, prompts, about)
+                values |= seen
+                if warning:
+                    tqdm.write(f"update {update + 1}: the reward rises and all else falls: {warning}", file=sys.stderr)
+                    collapsed = args.stop_on_collapse
             kind = "refl" if args.method == "imagerefl" and is_refl_update(update) else args.method
             log_file.write(json.dumps({"update": update + 1, "kind": kind, "lr": rate(args, update)} | values) + "\n")
             log_file.flush()
             bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
-            last = bool(stopped) or update + 1 == args.steps
+            last = bool(stopped) or collapsed or update + 1 == args.steps
             if last or (update + 1) % args.save_every == 0:
                 info = {"update": update + 1, "position": stream.position}
                 state.save(folder / STATE, modules, optimizer, info)
@@ -362,6 +385,9 @@ def main(args) -> None:
             if stopped:
                 print(f"\nstopped after update {update + 1}; go on with: python train.py --resume {folder}")
                 return
+            if collapsed:
+                print(f"\nended after update {update + 1} by --stop-on-collapse")
+                break
     if stream.left_out:
         print(f"{len(stream.left_out)} images did not decode and were left out")
     finish(args, m, row, prompts, folder, about)
@@ -393,8 +419,8 @@ def finish(args, m, row: settings.Settings, prompts: list[str], folder: Path, ab
         weights.save_unet(m.ema or m.unet, folder / "unet", metadata=header)
     if args.method != "diffusion":
         switch, table = row.switch[args.method], about["table"]
-        table["tuned"] = measure(images_of(args, m, row, prompts, 4, 0), prompts, m, row)
-        table[f"--switch {switch}"] = measure(images_of(args, m, row, prompts, 4, switch), prompts, m, row)
+        table["tuned"] = measure(images_of(args, m, row, prompts, 4, 0), prompts, m)
+        table[f"--switch {switch}"] = measure(images_of(args, m, row, prompts, 4, switch), prompts, m)
         print(f"\n{len(prompts)} prompts x 4 seeds, mean ± standard deviation\n{layout(table)}\n")
         print(f"sample from it:  python sample.py --checkpoint {folder} --switch {switch}")
     state.write_text(folder / "run.json", json.dumps(about | {"finished": True}, indent=1) + "\n")
@@ -402,19 +428,31 @@ def finish(args, m, row: settings.Settings, prompts: list[str], folder: Path, ab
 
 
 @torch.no_grad()
-def measure(images: torch.Tensor, prompts: list[str], m, row: settings.Settings) -> dict[str, list[float]]:
-    """Mean and standard deviation of the reward, of the judge, and of the diversity among the images of a prompt."""
-    count = len(images) // len(prompts)
-    asked, table = [p for p in prompts for _ in range(count)], {}
+def scores_of(images: torch.Tensor, prompts: list[str], m) -> dict[str, torch.Tensor]:
+    """Reward and judge of each image (N,), and the diversity among the images of each prompt (P,)."""
+    asked, scores = [p for p in prompts for _ in range(len(images) // len(prompts))], {}
     for name, score in {"reward": m.reward, "judge": m.judge}.items():
         if score is not None:
-            values = score(images, asked).float()
-            table[name] = [values.mean().item(), values.std().item()]
-    if row is settings.TINY:
-        features = metrics.clip_features(settings.FEATURES, images.device)(images)
-        per_prompt = metrics.group_diversity(features, asked)
-        table["diversity"] = [per_prompt.mean().item(), per_prompt.std(correction=min(1, len(per_prompt) - 1)).item()]
-    return table
+            scores[name] = score(images, asked).float().cpu()
+    if m.features is not None:
+        scores["diversity"] = metrics.group_diversity(m.features(images), asked)
+    return scores
+
+
+def measure(images: torch.Tensor, prompts: list[str], m) -> dict[str, list[float]]:
+    """Mean and standard deviation of each of `scores_of`."""
+    scores = scores_of(images, prompts, m)
+    return {key: [v.mean().item(), v.std(correction=min(1, len(v) - 1)).item()] for key, v in scores.items()}
+
+
+def look(args, m, row: settings.Settings, prompts: list[str], about: dict) -> tuple[dict[str, float], str | None]:
+    """What `--monitor` logs of the tuned model alone, and a warning where the trained reward alone has risen."""
+    scores = scores_of(images_of(args, m, row, prompts, 4, 0), prompts, m)
+    per_prompt = {key: v.view(len(prompts), -1).mean(1) for key, v in scores.items()}
+    first = about.setdefault("monitor", {key: v.tolist() for key, v in per_prompt.items()})
+    change = monitor.changes({key: torch.tensor(v) for key, v in first.items()}, per_prompt)
+    values = {f"monitor_{key}": round(v.mean().item(), 5) for key, v in per_prompt.items()}
+    return values, monitor.line(change) if monitor.overfits(change) else None
 
 
 def layout(table: dict[str, dict[str, list[float]]]) -> str:

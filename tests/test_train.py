@@ -47,6 +47,25 @@ def test_imagerefl_writes_what_it_promises(tmp_path, one_prompt, capsys):
     assert all(set(row) == {"reward", "judge", "diversity"} for row in table.values())
 
 
+def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(tmp_path, one_prompt, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train.monitor, "overfits", lambda change: seen.append(change) or len(seen) == 3)
+    monkeypatch.setattr(train.monitor, "changes", lambda first, now: {k: (now[k] - first[k]).tolist() for k in now})
+    monkeypatch.setattr(train.monitor, "line", str)
+    flags = ["--monitor", "2", "--stop-on-collapse", "--lr", "1e-2", "--prompts", one_prompt]
+    run("--steps", "6", *flags, "--output-dir", str(tmp_path / "run"))
+    log = log_of(tmp_path / "run")
+    assert ["monitor_diversity" in row for row in log] == [False, True, False, True]  # ended after update 4 of 6
+    assert seen[0] == {key: [pytest.approx(0, abs=1e-6)] for key in ("reward", "judge", "diversity")}  # the first look
+    first = json.loads((tmp_path / "run" / "run.json").read_text())["monitor"]
+    for row, change in zip((log[1], log[3]), seen[1:], strict=True):
+        assert row["monitor_reward"] - first["reward"][0] == pytest.approx(change["reward"][0], abs=1e-4)
+        assert abs(change["diversity"][0]) > 1e-3
+    output = capsys.readouterr()
+    assert "update 4: the reward rises and all else falls" in output.err and "--stop-on-collapse" in output.out
+    assert (tmp_path / "run" / "unet" / "config.json").is_file()
+
+
 def test_diffusion_goes_on_to_the_bit(tmp_path):
     flags = ["--method", "diffusion", "--ema", "0.9", "--warmup", "2", "--save-every", "2"]
     run(*flags, "--steps", "4", "--output-dir", str(tmp_path / "whole"))
@@ -142,6 +161,10 @@ def test_pictures_of_a_folder_train_and_bad_ones_are_counted(tmp_path, capsys):
         (["--resolution", "60", "--method", "diffusion"], "60"),
         (["--resume", "nowhere"], "nowhere"),
         (["--colour", "red"], "--colour"),
+        (["--method", "diffusion", "--monitor", "5"], "--monitor"),
+        (["--stop-on-collapse"], "--stop-on-collapse"),
+        (["--dino", "nowhere"], "--dino"),
+        (["--dino", "nowhere", "--monitor", "5"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, named, tmp_path, capsys, monkeypatch):
