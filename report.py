@@ -180,11 +180,11 @@ def summary(results: dict) -> str:
         means = [mean for mean, _ in (stat(p, key) for p in tuned if p["label"] == label) if mean is not None]
         return sum(means) / len(means) if means else None
 
-    first = steps // 4
+    first, prompts, seeds = steps // 4, len(results["prompts"]), results["images_per_prompt"]
     said = (
-        f"Each model draws the same {len(results['prompts'])} prompts from the same {results['images_per_prompt']} "
-        f"seeds in {steps} steps; the base model, “{results['base']}”, has guidance {results['guidance']:g}. In a mixture of "
-        f"{first} + {steps - first} the base model takes the first {first} steps and the tuned one the rest."
+        f"Each model draws the same {prompts} prompts from the same {seeds} seeds in {steps} steps; the base model, "
+        f"“{results['base']}”, has guidance {results['guidance']:g}. In a mixture of {first} + {steps - first} the "
+        f"base model takes the first {first} steps and the tuned one the rest."
     )
     base, most = (stat(results["points"][0], c["key"])[0] for c in (quality, diversity))
     values = [f"{number(mean(label, quality['key']), quality['digits'])} for {label}" for label in labels]
@@ -241,9 +241,7 @@ def write(results: dict, folder: Path) -> Path:
         "ticks": "".join(f"<span>{stop}</span>" for stop in ["table", *stops]),
         "axes": "".join(f'<th scope="col">{text(axis["title"])}</th>' for axis in axes),
         "readings": "".join(c.each(lambda i, at, c=c: reading(i, at, c)) for c in columns if c.moves),
-        "curves": "".join(
-            f'<figure tabindex="0">{curves(results, key)}</figure>' for key in results["axes"]["quality"]
-        ),
+        "curves": "".join(f"<figure>{curves(results, key)}</figure>" for key in results["axes"]["quality"]),
         "heads": "".join(
             f'<th scope="col">{text(c.title)} '
             f"{c.each(lambda i, at: f'<small{at}>{mixture(results, points[i])}</small>')}</th>"
