@@ -71,20 +71,43 @@ def combine(
     return x_t
 
 
+def combine_each(
+    scheduler: Scheduler,
+    base: Predictor,
+    tuned: Predictor,
+    mixtures: list[Sequence[float]],
+    x_t: Tensor,
+    generators: list[torch.Generator],
+    i: int = 0,
+) -> list[Tensor]:
+    """What `combine` makes of each of several mixtures, from step i on; the steps that they share are taken once."""
+    if i == len(scheduler.steps):
+        return [x_t] * len(mixtures)
+    made = [x_t] * len(mixtures)
+    for w in dict.fromkeys(weights[i] for weights in mixtures):
+        own = [g.clone_state() for g in generators]  # every branch meets the same noise
+        x = denoise(scheduler, mix(base, tuned, w), x_t, [i], own)
+        branch = [k for k, weights in enumerate(mixtures) if weights[i] == w]
+        rest = combine_each(scheduler, base, tuned, [mixtures[k] for k in branch], x, own, i + 1)
+        for k, latents in zip(branch, rest, strict=True):
+            made[k] = latents
+    return made
+
+
 @torch.no_grad()
-def generate(
+def generate_each(
     base,
     tuned,
     vae,
     text,
     scheduler: Scheduler,
-    weights: Sequence[float],
+    mixtures: list[Sequence[float]],
     prompts: list[str],
     seeds: list[int],
     size: tuple[int, int],
     guidance: float,
-) -> Tensor:
-    """Prompts and as many seeds -> images (B, 3, H, W) in about [-1, 1]; `size` is H, W in pixels.
+) -> list[Tensor]:
+    """Prompts and as many seeds -> images (B, 3, H, W) in about [-1, 1] for each mixture; `size` is H, W in pixels.
 
     `base` runs with guidance, `tuned` without. The noise of an image follows from its seed alone. Raises ValueError
     when the autoencoder or the UNet cannot halve the sides often enough.
@@ -97,4 +120,9 @@ def generate(
     shape = (len(prompts), vae.config.latent_channels, H // vae.factor, W // vae.factor)
     x_T = randn(shape, generators, conditioning["context"].device)
     base, tuned = guided(base, conditioning, empty, guidance), plain(tuned, conditioning)
-    return vae.decode(combine(scheduler, base, tuned, weights, x_T, generators))
+    return [vae.decode(x) for x in combine_each(scheduler, base, tuned, mixtures, x_T, generators)]
+
+
+def generate(base, tuned, vae, text, scheduler: Scheduler, weights: Sequence[float], *rest) -> Tensor:
+    """`generate_each` for a single mixture: images (B, 3, H, W)."""
+    return generate_each(base, tuned, vae, text, scheduler, [weights], *rest)[0]

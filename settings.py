@@ -47,7 +47,7 @@ TINY = Settings(
     lr=4.5e-5,
     batch_size=16,
     accumulate=1,
-    updates={"diffusion": 5000, "refl": 60, "imagerefl": 150},
+    updates={"diffusion": 5000, "refl": 75, "imagerefl": 150},
     shift=8,
     prompts=(
         "octopus",

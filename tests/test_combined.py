@@ -2,7 +2,7 @@ import pytest
 import torch
 from recipe import rnd
 
-from combined import aig_weights, combine, guided, plain, switch_weights
+from combined import aig_weights, combine, combine_each, guided, plain, switch_weights
 from scheduler import Scheduler, denoise
 
 SCHEDULER = Scheduler(40)
@@ -84,3 +84,19 @@ def test_aig_mixes_both_predictions_at_the_same_latents():
 def test_an_impossible_switch_is_named(switch):
     with pytest.raises(ValueError, match=f"0..40.*got {switch}"):
         switch_weights(40, switch)
+
+
+def test_many_mixtures_at_once_are_each_alone_and_share_their_first_steps():
+    calls = []
+
+    def counted(name, unet):
+        return lambda x, t: calls.append(name) or unet(x, t, **CONDITIONING)
+
+    models = counted("base", base), counted("tuned", tuned)
+    mixtures = [switch_weights(40, 30), switch_weights(40, 10), aig_weights(40, 2), switch_weights(40, 40)]
+    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    together = combine_each(SCHEDULER, *models, mixtures, rnd("x", 2, 4, 8, 8), seeds)
+    assert (calls.count("base"), calls.count("tuned")) == (40 + 39, 10 + 30 + 39)  # AIG's first step is the base's
+    for mixture, x in zip(mixtures, together, strict=True):
+        seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        assert torch.equal(x, combine(SCHEDULER, *models, mixture, rnd("x", 2, 4, 8, 8), seeds))

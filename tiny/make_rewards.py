@@ -172,14 +172,14 @@ class Pairs:
         return made
 
     def draw(self) -> tuple[str, Example, Example]:
-        """A caption and two pictures, the preferred one first; the rater calls a gap of less than 0.3 a tie."""
+        """A caption and two pictures, the preferred one first, and never nearly as good as the other."""
         while True:
             caption = self.emoji.describe(int(self.rng.integers(2**31))).caption
             concept, kind = caption.split(", ")[0], self.rng.random()
             first = self.example(concept, spoil=0.1)
-            second = self.example(concept if kind < 0.75 else None, spoil=0.6 if 0.45 < kind < 0.75 else 0.1)
+            second = self.example(concept if kind < 0.65 else None, spoil=0.6 if 0.35 < kind < 0.65 else 0.1)
             gap = utility(self.rater, caption, first) - utility(self.rater, caption, second)
-            if abs(gap) > 0.3:
+            if abs(gap) > 0.15:
                 return (caption, first, second) if gap > 0 else (caption, second, first)
 
     def batch(self, count: int) -> tuple[list[str], torch.Tensor]:
@@ -237,7 +237,6 @@ def main() -> None:
     parser.add_argument("name", choices=list(RATERS))
     parser.add_argument("--steps", type=int, default=300, help="updates of the contrastive part")
     parser.add_argument("--pair-steps", type=int, default=400, help="updates on pairs")
-    parser.add_argument("--lr", type=float, default=3e-4, help="on pairs")
     parser.add_argument("--bank", type=int, default=1024, help="pictures by the tiny base")
     parser.add_argument("--failures", type=Path, help="go on with the reward that is there, against these pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -256,7 +255,7 @@ def main() -> None:
         clip = build(len(tokenizer), (96, 4), (64, 2)).to(args.device)
         train(clip, tokenizer, EmojiSet(seed=100 + rater.seed), args.steps, 128, 1e-3, args.device)
     pairs = Pairs(emoji, bank, rater, seed=0)
-    fine_tune(clip, tokenizer, pairs, args.pair_steps, args.lr, args.device)
+    fine_tune(clip, tokenizer, pairs, args.pair_steps, 3e-4, args.device)
 
     clip = clip.cpu().eval().half().float()  # as it is stored
     held_out = Pairs(emoji, decoded(emoji, 256, 10_000_000, args.device), rater, seed=1)

@@ -1,0 +1,392 @@
+"""Evaluate: the paper's Table 1 and its trade-off curves (Figures 5, 7, 9) for a base model and models tuned from it.
+
+    python evaluate.py --base tiny --checkpoint runs/refl-tiny --checkpoint runs/imagerefl-tiny
+
+Prints the table and writes `results.json`, `table.md`, `table.csv`, `tradeoff-*.svg`, and `report.html` with pictures
+and a slider. Images, rewards and features are kept under `points/` by what they were made from: a second call computes
+only what is missing.
+"""
+
+import argparse
+
+import settings
+from cli import Parser, positive, run
+
+
+def numbers(text: str) -> tuple[str, list[float]]:
+    """`switch=0,10,30` or `aig=1,2` -> its name and values."""
+    name, _, values = text.partition("=")
+    try:
+        if name not in ("switch", "aig"):
+            raise ValueError
+        return name, [{"switch": int, "aig": float}[name](v) for v in values.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write switch=0,10,30 or aig=1,2") from None
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
+    add("--checkpoint", action="append", default=[], metavar="[METHOD=]PATH",
+        help="tuned model, again for more; METHOD, refl or imagerefl, where no run.json says it")  # fmt: skip
+    add("--sweep", action="append", default=[], type=numbers, metavar="NAME=V,V",
+        help="curves beside the table: switch=0,5,10,20,30 of all, aig=1,2,4 of ReFL models")  # fmt: skip
+    add("--aig-guidance", type=float, default=1.0, help="of the base model in AIG (default: 1, none, as in the paper)")
+    add("--prompts", help="text file, HPDv2 test.json or benchmark file, COCO captions (default: the base's own)")
+    add("--limit", type=positive, help="take only the first so many prompts")
+    add("--images-per-prompt", type=positive, default=5)
+    add("--seed", type=int, default=1, help="of the first image of each prompt; the next have the next seeds")
+    add("--rewards", help="names joined by commas (default: tiny,tiny2, or hpsv2.1)")
+    add("--reward-weights", help="files or folders of the rewards, in their order, joined by commas")
+    add("--dino", help="folder of DINO ViT-S/16 or DINOv2, for the diversity; the tiny base has its own features")
+    add("--inception", help="pytorch-fid's weight file, for FID, CovDist and LogCovDist")
+    add("--reference", help="real images for these three: a folder with metadata.jsonl, or COCO captions")
+    add("--reading", default="ours", help="of CovDist and LogCovDist, a name in metrics.py:READINGS (default: ours)")
+    add("--steps", type=positive, default=40)
+    add("--guidance", type=float, help="of the base model (default: 7.5, SDXL 5.0, tiny 2.0)")
+    add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
+    add("--batch-size", type=positive, help="images at a time (default: 8, tiny 64)")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where the processor has it")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--output-dir", default="evaluation")
+    return parser.parse(argv)
+
+
+ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
+
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Callable, Iterable  # noqa: E402
+from dataclasses import asdict, dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import files  # noqa: E402
+import metrics  # noqa: E402
+import report  # noqa: E402
+import rewards  # noqa: E402
+import state  # noqa: E402
+import weights  # noqa: E402
+from combined import aig_weights, generate_each, switch_weights  # noqa: E402
+from data import EmojiSet, Pictures, open_data, read_prompts  # noqa: E402
+from pictures import save_png, to_pictures, to_tensor  # noqa: E402
+from scheduler import Scheduler  # noqa: E402
+
+NAMES = {"refl": "ReFL", "imagerefl": "ImageReFL"}
+PRINTED = {"hpsv2.1": 100, "hpsv2.0": 100, "clipscore": 100, "tiny": 0.1, "tiny2": 0.1}  # factors of the table
+REFERENCE_SEED = 20_000  # of the emoji that the tiny base is compared with; the training data has seed 0
+
+
+@dataclass
+class Point:
+    """One way to sample: a checkpoint (None: the base alone) and a mixture. `row`: it stands in the table."""
+
+    label: str
+    row: bool
+    checkpoint: str | None
+    method: str | None
+    kind: str  # "switch" or "aig"
+    value: float  # steps of the base model, or AIG's power
+    guidance: float  # of the base model
+    folder: str = ""  # of its images, in the output folder
+
+    def mixture(self, steps: int) -> list[float]:
+        return switch_weights(steps, int(self.value)) if self.kind == "switch" else aig_weights(steps, self.value)
+
+
+def fingerprint(*parts) -> str:
+    """Eight hex digits that follow from texts, numbers, and the content of files and folders."""
+    digest = hashlib.sha256()
+    for part in parts:
+        paths = [part] if isinstance(part, Path) else []
+        if isinstance(part, Path) and part.is_dir():
+            paths = sorted(p for p in part.rglob("*") if p.suffix in (".safetensors", ".json", ".bin", ".txt"))
+        for path in paths:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        if not isinstance(part, Path):
+            digest.update(json.dumps(part).encode())
+    return digest.hexdigest()[:8]
+
+
+def method_of(checkpoint: str) -> tuple[str, str]:
+    """Method and path of a `--checkpoint`, which names the method, or whose run.json or folders tell it."""
+    method, _, path = checkpoint.rpartition("=")
+    about = Path(path) / "run.json"
+    if about.is_file():
+        method = method or json.loads(about.read_text())["args"]["method"]
+    elif not method and weights.own_base(path):
+        method = "imagerefl"  # the authors' published folders
+    if method not in NAMES:
+        raise ValueError(f"--checkpoint {checkpoint}: say how it was tuned, refl={path} or imagerefl={path}")
+    return method, path
+
+
+def points_of(args, row: settings.Settings, prompts: list[str]) -> list[Point]:
+    """The base model, then the table's rows and the sweeps' points of each checkpoint, without repeats."""
+    base = fingerprint(
+        files.find(args.base, "unet"), files.find(args.base, "vae"), files.find(args.base, "text_encoder")
+    )
+    points = {}
+
+    def add(label, is_row, checkpoint, method, kind, value, guidance):
+        point = Point(label, is_row, checkpoint, method, kind, value, guidance)
+        mixture = point.mixture(args.steps)  # the values are checked before any work is done
+        alone = not any(mixture)
+        tuned = "" if alone else fingerprint(files.find(checkpoint, "tuned_unet"))
+        key = fingerprint(base, tuned, mixture, guidance, args.steps, args.resolution, args.dtype, prompts)
+        name = "base" if alone else f"{method}-{Path(checkpoint).name}"
+        point.folder = f"points/{name}.{kind}={value:g}.{key}"
+        points.setdefault(point.folder, point)
+
+    add("Base", True, None, None, "switch", args.steps, args.guidance)
+    add("Base, no guidance", True, None, None, "switch", args.steps, 1.0)
+    chosen = [method_of(checkpoint) for checkpoint in args.checkpoint]
+    for method, path in chosen:
+        several = sum(m == method for m, _ in chosen) > 1
+        rows = [("switch", 0, ""), ("aig", 1.0, " AIG"), ("switch", row.switch[method], " Combined")]
+        if method == "imagerefl":
+            rows = [("switch", row.switch[method], "")]  # the paper's row of that name is combined already
+        sweeps = [(k, v, "") for k, values in args.sweep for v in values if k == "switch" or method == "refl"]
+        for i, (kind, value, suffix) in enumerate(rows + sweeps):
+            value = round(value * args.steps / 40) if kind == "switch" and i < len(rows) else value
+            label = NAMES[method] + suffix + (f" ({Path(path).name})" if several else "")
+            guidance = args.guidance if kind == "switch" else args.aig_guidance
+            add(label, i < len(rows), path, method, kind, value, guidance)
+    return list(points.values())
+
+
+def image_paths(args, point: Point, jobs: list[tuple[int, int]]) -> list[Path]:
+    return [Path(args.output_dir, point.folder, f"{p:05d}-{seed}.png") for p, seed in jobs]
+
+
+def draw(args, row, points: list[Point], prompts: list[str], jobs: list[tuple[int, int]]) -> None:
+    """Make the images that are missing; each checkpoint is loaded once, and shared steps are taken once."""
+    missing = [p for p in points if not all(path.exists() for path in image_paths(args, p, jobs))]
+    if not missing:
+        return
+    lower = args.dtype == "bfloat16" and args.device != "cpu"  # on a CPU bf16 is autocast's
+    dtype = torch.bfloat16 if lower else torch.float32
+    vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
+    scheduler, size = Scheduler(args.steps), (args.resolution, args.resolution)
+    for checkpoint in dict.fromkeys(p.checkpoint for p in missing):
+        if checkpoint is None:
+            base = tuned = weights.load_unet(args.base, args.device, dtype)
+        else:
+            base, tuned = weights.load_tuned(checkpoint, args.base, args.device, dtype)
+        own = [p for p in missing if p.checkpoint == checkpoint]
+        for at in tqdm(range(0, len(jobs), args.batch_size), f"{checkpoint or 'base'}, {len(own)} ways", unit="batch"):
+            part = jobs[at : at + args.batch_size]
+            for guidance in dict.fromkeys(p.guidance for p in own):
+                todo = [p for p in own if p.guidance == guidance]
+                todo = [p for p in todo if not all(path.exists() for path in image_paths(args, p, part))]
+                if not todo:
+                    continue
+                asked, seeds = [prompts[p] for p, _ in part], [seed for _, seed in part]
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                    made = generate_each(
+                        base, tuned, vae, text, scheduler, [p.mixture(args.steps) for p in todo],
+                        asked, seeds, size, guidance,
+                    )  # fmt: skip
+                for point, images in zip(todo, made, strict=True):
+                    for path, picture in zip(image_paths(args, point, part), to_pictures(images), strict=True):
+                        save_png(picture, path)
+
+
+# Scorers: name -> (images (B, 3, H, W), prompts) -> {column: (B,) or (B, D)}
+
+Scorer = Callable[[Tensor, list[str]], dict[str, Tensor]]
+
+
+def reward_scorer(name: str, source: str | None, device: str) -> Scorer:
+    reward = rewards.load(name, source, device)
+    return lambda images, prompts: {name: reward(images, prompts) * PRINTED.get(name, 1)}
+
+
+def tiny_scorer(device: str) -> Scorer:
+    """The held-out CLIP of the tiny base: features, and whether the right one of the concepts ranks first."""
+    clip, concepts = rewards.load("clipscore", settings.FEATURES, device), EmojiSet().concepts
+
+    def score(images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        features = F.normalize(clip.network.encode_image(clip.prepare(images, clip.size)), dim=1)
+        best = (features @ clip.text(concepts, device)[0].T).argmax(1).tolist()
+        right = [100.0 * (concepts[i] == prompt.split(",")[0]) for i, prompt in zip(best, prompts, strict=True)]
+        return {"concept": torch.tensor(right), "diversity": features, "fid": features}
+
+    return score
+
+
+def feature_scorer(column: str, extract: Callable[[Tensor], Tensor]) -> Scorer:
+    return lambda images, prompts: {column: extract(images)}
+
+
+def scorers_of(args, row: settings.Settings) -> tuple[dict[str, Scorer], list[str]]:
+    """Scorers by name and fingerprint, and notes on what is measured how, or is not."""
+    names = args.rewards.split(",")
+    sources = args.reward_weights.split(",") if args.reward_weights else [None] * len(names)
+    if len(sources) != len(names):
+        raise ValueError(f"--reward-weights names {len(sources)} paths, --rewards {args.rewards} needs {len(names)}")
+    found, notes = {}, []
+    for name, source in zip(names, sources, strict=True):
+        scorer = reward_scorer(name, source or None, args.device)
+        found[f"{name}.{fingerprint(rewards.find_checkpoint(name, source or None))}"] = scorer
+    if row is settings.TINY:
+        found[f"features.{fingerprint(settings.FEATURES)}"] = tiny_scorer(args.device)
+        notes.append("Concept, diversity and the distances are measured by the held-out CLIP of the tiny base, 128 "
+                     "features, where the paper has CLIP ViT-B/32, DINO and Inception.")  # fmt: skip
+        return found, notes
+    if args.dino:
+        found[f"dino.{fingerprint(Path(args.dino))}"] = feature_scorer(
+            "diversity", metrics.dino_features(args.dino, device=args.device)
+        )
+    else:
+        notes.append("No diversity: it needs --dino, a folder of facebook/dino-vits16.")
+    if args.inception and args.reference:
+        extract = metrics.inception_features(args.inception, args.device)
+        found[f"inception.{fingerprint(Path(args.inception))}"] = feature_scorer("fid", extract)
+    else:
+        notes.append("No FID, CovDist, LogCovDist: they need --inception, pytorch-fid's weight file, and --reference.")
+    return found, notes
+
+
+@torch.no_grad()
+def columns_of(path: Path, about: str, scorer: Scorer, images: Iterable[tuple[Tensor, list[str]]]) -> dict[str, Tensor]:
+    """What a scorer says of batches of images, from the file `path` if that holds it already."""
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            if file.metadata()["about"] == about:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    parts = [{k: v.float().cpu() for k, v in scorer(*batch).items()} for batch in images]
+    columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    state.write(path, {key: t.clone() for key, t in columns.items()}, {"about": about})
+    return columns
+
+
+def read_batches(args, paths: list[Path], asked: list[str]) -> Iterable[tuple[Tensor, list[str]]]:
+    for at in range(0, len(paths), args.batch_size):
+        part = slice(at, at + args.batch_size)
+        images = [to_tensor(Image.open(path)) for path in paths[part]]
+        yield torch.stack(images).to(args.device), asked[part]
+
+
+def reference_batches(args, count: int) -> Iterable[tuple[Tensor, list[str]]]:
+    """The first `count` real images."""
+    if args.reference:
+        data = open_data(args.reference, args.resolution)
+        if not isinstance(data, Pictures):
+            raise ValueError(f"--reference {args.reference}: these are prompts; it takes images")
+        rows = {path: i for i, (path, _) in reversed(list(enumerate(data.rows)))}  # an image once, not once a caption
+        order = sorted(rows.values())
+    else:
+        data, order = EmojiSet(seed=REFERENCE_SEED), range(count)
+    if len(order) < count:
+        raise ValueError(f"--reference {args.reference}: {len(order)} images, and {count} were generated; take as many")
+    for at in range(0, count, args.batch_size):
+        images, captions = zip(*(data[i] for i in order[at : min(at + args.batch_size, count)]), strict=True)
+        yield torch.stack(images).to(args.device), list(captions)
+
+
+def values_of(args, columns: dict[str, Tensor], real: Tensor | None, group: list[int]) -> dict[str, list[float]]:
+    """Mean and standard error of everything in the table, for one point."""
+    values = {}
+    for key, column in columns.items():
+        if key == "diversity" and args.images_per_prompt > 1:
+            values[key] = metrics.mean_and_error(metrics.group_diversity(column, group))
+        elif key == "fid":
+            values["fid"] = metrics.fid_and_error(column, real, group)
+            pair = metrics.spectral_distances_and_errors(column, real, args.reading, group)
+            values["covdist"], values["logcovdist"] = pair
+        elif key != "diversity":
+            values[key] = metrics.mean_and_error(column, group)
+    return {key: [None if math.isnan(v) else v for v in pair] for key, pair in values.items()}
+
+
+def titles(args, row: settings.Settings, keys: Iterable[str]) -> list[dict]:
+    """The table's columns in order: title, direction, digits."""
+    fixed = {
+        "concept": ("right concept, %", "higher", 1),
+        "diversity": ("Diversity" if row is settings.TINY else "DinoDiversity", "higher", 3),
+        "fid": ("FID", "lower", 3 if row is settings.TINY else 2),
+        "covdist": ("CovDist", "lower", 5),
+        "logcovdist": ("LogCovDist", "lower", 3),
+    }
+    known = {key: fixed.get(key, (key, "higher", 3 if key in ("tiny", "tiny2") else 2)) for key in keys}
+    return [{"key": k, "title": t, "better": b, "digits": d} for k, (t, b, d) in known.items()]
+
+
+def resolve(args, row: settings.Settings) -> list[str]:
+    """Fill in what was not given; returns the prompts."""
+    args.rewards = args.rewards or ("tiny,tiny2" if row is settings.TINY else row.reward)
+    args.guidance = row.guidance if args.guidance is None else args.guidance
+    args.resolution = args.resolution or row.resolution
+    args.batch_size = args.batch_size or (64 if row is settings.TINY else 8)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.dtype is None:
+        fast = args.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        args.dtype = "bfloat16" if fast else "float32"
+    if args.reading not in metrics.READINGS:
+        raise ValueError(f"--reading {args.reading}: there are {', '.join(metrics.READINGS)}")
+    if args.prompts is None:
+        prompts = EmojiSet().concepts if row is settings.TINY else list(row.prompts)
+    elif args.prompts.endswith(".json") and "captions" in Path(args.prompts).name:
+        prompts = [caption for _, caption in open_data(args.prompts, args.resolution).rows]
+    else:
+        prompts = read_prompts(args.prompts)
+    return prompts[: args.limit]
+
+
+def main(args) -> dict:
+    row = settings.of(args.base, weights.read_config(args.base, "unet"))
+    prompts = resolve(args, row)
+    points = points_of(args, row, prompts)
+    scorers, notes = scorers_of(args, row)
+    folder, seeds = Path(args.output_dir), [args.seed + k for k in range(args.images_per_prompt)]
+    jobs = [(p, seed) for p in range(len(prompts)) for seed in seeds]
+    asked, group = [prompts[p] for p, _ in jobs], [p for p, _ in jobs]
+
+    about, real = json.dumps(jobs), None
+    for name, scorer in scorers.items():
+        if name.split(".")[0] in ("features", "inception"):
+            source = fingerprint(args.reference or REFERENCE_SEED, args.resolution, len(jobs))
+            path = folder / "reference" / f"{name}.{source}.safetensors"
+            real = columns_of(path, "", scorer, reference_batches(args, len(jobs)))["fid"]
+    draw(args, row, points, prompts, jobs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        listed = []
+        for point in tqdm(points, "measuring", unit="point"):
+            paths, columns = image_paths(args, point, jobs), {}
+            for name, scorer in scorers.items():
+                file = folder / point.folder / f"{name}.safetensors"
+                columns |= columns_of(file, about, scorer, read_batches(args, paths, asked))
+            listed.append(asdict(point) | {"values": values_of(args, columns, real, group)})
+    notes += dict.fromkeys(str(w.message) for w in caught)
+    keys = list(listed[0]["values"])
+    results = {
+        "base": args.base, "steps": args.steps, "guidance": args.guidance, "resolution": args.resolution,
+        "images_per_prompt": args.images_per_prompt, "seed": args.seed, "prompts": prompts,
+        "columns": titles(args, row, keys), "notes": notes,
+        "axes": {"diversity": "diversity", "quality": args.rewards.split(",")} if "diversity" in keys else None,
+        "points": listed,
+    }  # fmt: skip
+    state.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    table = report.markdown(results)
+    state.write_text(folder / "table.md", table)
+    state.write_text(folder / "table.csv", report.csv(results))
+    for quality in results["axes"]["quality"] if results["axes"] else []:
+        state.write_text(folder / f"tradeoff-{quality}.svg", report.curves(results, quality))
+    print(f"\n{table}\nwritten to {folder}, to look at: {report.write(results, folder)}")
+    return results
+
+
+if __name__ == "__main__":
+    run(main, ARGS)

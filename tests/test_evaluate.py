@@ -1,0 +1,143 @@
+"""The evaluation command on the tiny base, and the numbers behind the reproduction."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import metrics
+import reproduce
+import rewards
+from pictures import to_tensor
+from settings import TUNED
+
+SMALL = ["--steps", "4", "--limit", "3", "--images-per-prompt", "2", "--dtype", "float32"]
+
+
+def run(folder, *flags: str) -> dict:
+    return evaluate.main(evaluate.parse_args([*SMALL, "--output-dir", str(folder), *flags]))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    flags = [f"--checkpoint=refl={TUNED}", "--sweep=switch=0,2", "--sweep=aig=2"]
+    return folder, flags, run(folder, *flags)
+
+
+def test_rows_and_points(evaluated):
+    points = evaluated[2]["points"]
+    assert [(p["label"], p["kind"], p["value"], p["guidance"]) for p in points if p["row"]] == [
+        ("Base", "switch", 4, 2.0),
+        ("Base, no guidance", "switch", 4, 1.0),
+        ("ReFL", "switch", 0, 2.0),
+        ("ReFL AIG", "aig", 1.0, 1.0),
+        ("ReFL Combined", "switch", 1, 2.0),  # 10 of 40 steps are 1 of 4
+    ]
+    assert [(p["kind"], p["value"]) for p in points if not p["row"]] == [("switch", 2), ("aig", 2.0)]
+
+
+def test_values_are_those_of_the_images_on_disk(evaluated):
+    folder, _, results = evaluated
+    point = results["points"][2]
+    paths = [folder / point["folder"] / f"{p:05d}-{seed}.png" for p in range(3) for seed in (1, 2)]
+    images, asked = torch.stack([to_tensor(Image.open(path)) for path in paths]), [p for p in results["prompts"][:3]]
+    asked = [p for p in asked for _ in range(2)]
+    score = rewards.load("tiny2").scaled(images, asked)
+    assert point["values"]["tiny2"] == pytest.approx(metrics.mean_and_error(score, asked), abs=1e-5)
+    features = metrics.clip_features(evaluate.settings.FEATURES)(images)
+    expected = metrics.mean_and_error(metrics.group_diversity(features, asked))
+    assert point["values"]["diversity"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_writes_table_results_curves_and_report(evaluated):
+    folder, _, results = evaluated
+    names = {path.name for path in folder.iterdir()}
+    assert {"results.json", "table.md", "table.csv", "report.html", "tradeoff-tiny.svg", "tradeoff-tiny2.svg"} <= names
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert any("128 dimensions" in note for note in results["notes"])  # six images are too few for FID
+
+
+def test_a_second_call_computes_only_what_is_missing(evaluated, monkeypatch):
+    folder, flags, results = evaluated
+    lost = folder / results["points"][4]["folder"] / "00001-2.png"
+    before = lost.read_bytes()
+    lost.unlink()
+    made, generate = [], evaluate.generate_each
+    monkeypatch.setattr(evaluate, "generate_each", lambda *a: made.append(a[5]) or generate(*a))
+    assert run(folder, *flags) == results
+    assert made == [[[0.0, 1.0, 1.0, 1.0]]]  # the mixture of that one point
+    assert lost.read_bytes() == before
+
+    monkeypatch.setattr(evaluate, "tiny_scorer", lambda device: None)  # nothing is measured again either
+    assert run(folder, *flags) == results
+    assert len(made) == 1
+
+
+def test_other_prompts_are_other_images(evaluated):
+    folder, flags, results = evaluated
+    args = evaluate.parse_args([*SMALL, *flags])
+    row = evaluate.settings.TINY
+    evaluate.resolve(args, row)
+    folders = [{p.folder for p in evaluate.points_of(args, row, prompts)} for prompts in (["octopus"], ["tiger"])]
+    assert not folders[0] & folders[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        ([f"--checkpoint={TUNED}"], "say how it was tuned, refl="),
+        (["--checkpoint=refl=nowhere/at/all"], "nowhere/at/all"),
+        ([f"--checkpoint=refl={TUNED}", "--sweep=switch=5"], "0..4 (the number of steps), got 5"),
+        (["--rewards=tiny,beauty"], "beauty"),
+        (["--rewards=tiny,tiny2", "--reward-weights=one"], "needs 2"),
+        (["--reading=mine"], "--reading mine"),
+        (["--prompts=nowhere.txt"], "nowhere.txt"),
+        (["--reference=nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_made(tmp_path, flags, culprit):
+    with pytest.raises((ValueError, OSError)) as error:
+        run(tmp_path / "out", *flags)
+    assert culprit in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["switch", "size=3", "switch=a", "aig="])
+def test_a_sweep_that_cannot_be_read(text, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args([f"--sweep={text}"])
+    assert "write switch=0,10,30 or aig=1,2" in capsys.readouterr().err
+
+
+# The comparison at equal diversity
+
+
+def curves(*values: tuple[str, str, float, float, float]) -> reproduce.Curves:
+    def point(checkpoint, kind, value, diversity, reward):
+        return {
+            "checkpoint": checkpoint and f"{checkpoint}-1",
+            "kind": kind,
+            "value": value,
+            "values": {"diversity": [diversity, 0.0], "tiny": [reward, 0.0]},
+        }
+
+    points = [point(None, "switch", 40, 0.3, 0.5)] + [point(*v) for v in values]
+    return reproduce.Curves({"points": points}, Path(), 1)
+
+
+def test_interpolates_the_curve_at_a_diversity():
+    known = curves(("refl", "switch", 30, 0.2, 0.7), ("refl", "switch", 0, 0.1, 0.9))
+    assert known.at_diversity("refl", "switch", 0.15, "tiny") == pytest.approx(0.8)
+    assert known.at_diversity("refl", "switch", 0.25, "tiny") == pytest.approx(0.6)  # towards the base model
+    assert known.at_diversity("refl", "switch", 0.05, "tiny") is None
+
+
+def test_claims_give_mean_error_and_every_seed():
+    assert reproduce.said([0.1, 0.2, 0.3]) == f"0.200 ± {0.1 / math.sqrt(3):.3f} | 0.100, 0.200, 0.300"
+    assert reproduce.said([0.1, None]) == "0.100 | 0.100, outside"
+    assert reproduce.said([None]) == "outside the curve | outside"
