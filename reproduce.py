@@ -3,7 +3,8 @@
     python reproduce.py            # under two hours on two cores
     python reproduce.py --quick    # one seed, shorter: the same directions in a quarter of an hour
 
-Goes on where it was stopped. Writes everything that `evaluate.py` does, and `claims.md`, into `runs/reproduction`.
+Goes on where it was stopped. Writes `claims.md` into `runs/reproduction`, beside what `evaluate.py` writes for the base
+model with guidance, as in the paper, and without.
 """
 
 from cli import Parser, run
@@ -102,62 +103,66 @@ def said(values: list[float | None], digits: int = 3) -> str:
     return f"{average}{error} | {each}"
 
 
-def claims(seeds: list[Curves]) -> str:
-    """The four claims as Markdown tables: a line each, mean ± standard error over the seeds, and every seed."""
-    trained, judge = "tiny", "tiny2"
-    base = seeds[0].base
-    lines = [
-        f"The base model: trained reward {base[trained][0]:.3f}, held-out reward {base[judge][0]:.3f}, "
-        f"right concept {base['concept'][0]:.1f} %, diversity {base['diversity'][0]:.3f}, FID {base['fid'][0]:.3f}.",
-    ]
+KEYS = {"trained reward": "tiny", "held-out reward": "tiny2", "right concept, %": "concept", "diversity": "diversity"}
 
-    def table(title: str, rows: dict[str, list[float | None]]) -> None:
-        lines.extend(["", f"**{title}**", "", "| | mean ± error | seeds |", "|---|---|---|"])
-        lines.extend(f"| {name} | {said(values)} |" for name, values in rows.items())
 
-    def change(method: str, switch: int, key: str) -> list[float]:
-        return [s.at(method, "switch", switch, key) - base[key][0] for s in seeds]
+def table(title: str, rows: dict[str, list[float | None]]) -> list[str]:
+    lines = ["", f"**{title}**", "", "| | mean ± error | seeds |", "|---|---|---|"]
+    return lines + [f"| {name} | {said(values)} |" for name, values in rows.items()]
 
-    keys = {
-        "trained reward": trained,
-        "held-out reward": judge,
-        "right concept, %": "concept",
-        "diversity": "diversity",
-    }
-    keys["FID"] = "fid"
-    table("1. ReFL alone against the base", {name: change("refl", 0, key) for name, key in keys.items()})
 
-    def recovered(s: Curves, method: str, switch: int, key: str) -> float:
-        alone, mixed = s.at(method, "switch", 0, key), s.at(method, "switch", switch, key)
-        return (alone - mixed) / (alone - base[key][0])
+def against_base(seeds: list[Curves], method: str) -> dict[str, list[float]]:
+    """Change of each value from the base model to the tuned one alone."""
+    keys = KEYS | {"FID": "fid"}
+    return {n: [s.at(method, "switch", 0, key) - s.base[key][0] for s in seeds] for n, key in keys.items()}
 
+
+def recovered(seeds: list[Curves], method: str, switch: int) -> dict[str, list[float]]:
+    """How much of what tuning changed is undone by a switch: 0 nothing, 1 all."""
     rows = {}
-    for method, switch in (("refl", 10), ("imagerefl", 30)):
-        name = f"{evaluate.NAMES[method]}, switch {switch}"
-        rows[f"{name}: share of the lost diversity that is back"] = [
-            recovered(s, method, switch, "diversity") for s in seeds
-        ]
-        rows[f"{name}: share of the gained reward that is lost"] = [
-            recovered(s, method, switch, trained) for s in seeds
-        ]
-    table("2. Combined generation", rows)
+    for name in ("diversity", "trained reward", "held-out reward"):
+        key = KEYS[name]
+        alone = [s.at(method, "switch", 0, key) for s in seeds]
+        mixed = [s.at(method, "switch", switch, key) for s in seeds]
+        shares = [(a - m) / (a - s.base[key][0]) for a, m, s in zip(alone, mixed, seeds, strict=True)]
+        rows[f"{evaluate.NAMES[method]}, switch {switch}: {name}, share undone"] = shares
+        rows[f"{evaluate.NAMES[method]}, switch {switch}: {name}"] = mixed
+    return rows
 
-    rows = {"ImageReFL, switch 30: diversity": [s.at("imagerefl", "switch", 30, "diversity") for s in seeds]}
+
+def at_equal_diversity(seeds: list[Curves]) -> dict[str, list[float | None]]:
+    """ImageReFL at 30 + 10 minus ReFL Combined, and minus ReFL AIG, where their curves have its diversity."""
+    rows = {"diversity of ImageReFL": [s.at("imagerefl", "switch", 30, "diversity") for s in seeds]}
     for name, kind in (("ReFL Combined", "switch"), ("ReFL AIG", "aig")):
         for what in ("held-out reward", "right concept, %", "trained reward"):
             ahead = []
-            for s, diversity in zip(seeds, list(rows.values())[0], strict=True):
-                other = s.at_diversity("refl", kind, diversity, keys[what])
-                ours = s.at("imagerefl", "switch", 30, keys[what])
+            for s, diversity in zip(seeds, rows["diversity of ImageReFL"], strict=True):
+                other = s.at_diversity("refl", kind, diversity, KEYS[what])
+                ours = s.at("imagerefl", "switch", 30, KEYS[what])
                 ahead.append(None if other is None else ours - other)
-            rows[f"{what}, ahead of {name} at that diversity"] = ahead
-    table("3. ImageReFL at 30 + 10 against ReFL at equal diversity", rows)
+            rows[f"{what}, ahead of {name}"] = ahead
+    return rows
 
-    rows = {}
-    for method in ("refl", "imagerefl"):
-        rows[f"{evaluate.NAMES[method]} alone: trained reward"] = change(method, 0, trained)
-        rows[f"{evaluate.NAMES[method]} alone: held-out reward"] = change(method, 0, judge)
-    table("4. Do the two rewards agree? Change against the base", rows)
+
+def claims(guided: list[Curves], plain: list[Curves]) -> str:
+    """The claims as Markdown tables: a line each, mean ± standard error over the seeds, and every seed.
+
+    A tuned model runs without guidance. So `plain`, where the base model does too, compares like with like; `guided`
+    is the paper's setting.
+    """
+    lines, sides = [], {"with guidance": guided, "without guidance": plain}
+    for name, seeds in sides.items():
+        values = ", ".join(f"{title} {seeds[0].base[key][0]:.3f}" for title, key in (KEYS | {"FID": "fid"}).items())
+        lines.append(f"The base model {name}: {values}.\n")
+    for name, seeds in sides.items():
+        for method in ("refl", "imagerefl"):
+            title = f"1, 4. {evaluate.NAMES[method]} alone, change against the base {name}"
+            lines += table(title, against_base(seeds, method))
+    for name, seeds in sides.items():
+        rows = recovered(seeds, "refl", 10) | recovered(seeds, "imagerefl", 30)
+        lines += table(f"2. Combined generation, the base {name}", rows)
+    for name, seeds in sides.items():
+        lines += table(f"3. ImageReFL at 30 + 10 at equal diversity, the base {name}", at_equal_diversity(seeds))
     return "\n".join(lines) + "\n"
 
 
@@ -169,9 +174,12 @@ def main(args) -> None:
         for seed in plan.seeds
         for method, updates in (("refl", plan.refl), ("imagerefl", plan.imagerefl))
     ]
-    asked = [f"--checkpoint={path}" for path in runs] + [f"--output-dir={folder}", *plan.evaluation]
-    results = evaluate.main(evaluate.parse_args(asked))
-    text = claims([Curves(results, folder, seed) for seed in plan.seeds])
+    sides = []
+    for name, guidance in (("evaluation", TINY.guidance), ("evaluation-no-guidance", 1.0)):
+        asked = [f"--checkpoint={path}" for path in runs] + [f"--output-dir={folder / name}", *plan.evaluation]
+        results = evaluate.main(evaluate.parse_args([*asked, f"--guidance={guidance}"]))
+        sides.append([Curves(results, folder, seed) for seed in plan.seeds])
+    text = claims(*sides)
     state.write_text(folder / "claims.md", text)
     print("\n" + text)
 
