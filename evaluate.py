@@ -50,6 +50,7 @@ def parse_args(argv=None):
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where the processor has it")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--output-dir", default="evaluation")
+    add("--points", help="where images and their measures are kept, to share them (default: points/ in --output-dir)")
     return parser.parse(argv)
 
 
@@ -58,6 +59,7 @@ ARGS = parse_args() if __name__ == "__main__" else None  # before the slow impor
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+import os  # noqa: E402
 import warnings  # noqa: E402
 from collections.abc import Callable, Iterable  # noqa: E402
 from dataclasses import asdict, dataclass  # noqa: E402
@@ -145,7 +147,8 @@ def points_of(args, row: settings.Settings, prompts: list[str]) -> list[Point]:
         tuned = "" if alone else fingerprint(files.find(checkpoint, "tuned_unet"))
         key = fingerprint(base, tuned, mixture, guidance, args.steps, args.resolution, args.dtype, prompts)
         name = "base" if alone else f"{method}-{Path(checkpoint).name}"
-        point.folder = f"points/{name}.{kind}={value:g}.{key}"
+        place = Path(args.points or Path(args.output_dir, "points"), f"{name}.{kind}={value:g}.{key}")
+        point.folder = os.path.relpath(place, args.output_dir)
         points.setdefault(point.folder, point)
 
     add("Base", True, None, None, "switch", args.steps, args.guidance)

@@ -176,8 +176,10 @@ def main(args) -> None:
     ]
     sides = []
     for name, guidance in (("evaluation", TINY.guidance), ("evaluation-no-guidance", 1.0)):
-        asked = [f"--checkpoint={path}" for path in runs] + [f"--output-dir={folder / name}", *plan.evaluation]
-        results = evaluate.main(evaluate.parse_args([*asked, f"--guidance={guidance}"]))
+        asked = [f"--checkpoint={path}" for path in runs] + [f"--points={folder / 'points'}", *plan.evaluation]
+        results = evaluate.main(
+            evaluate.parse_args([*asked, f"--guidance={guidance}", f"--output-dir={folder / name}"])
+        )
         sides.append([Curves(results, folder, seed) for seed in plan.seeds])
     text = claims(*sides)
     state.write_text(folder / "claims.md", text)
