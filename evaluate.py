@@ -153,18 +153,15 @@ def points_of(args, row: settings.Settings, prompts: list[str]) -> list[Point]:
 
     add("Base", True, None, None, "switch", args.steps, args.guidance)
     add("Base, no guidance", True, None, None, "switch", args.steps, 1.0)
-    chosen = [method_of(checkpoint) for checkpoint in args.checkpoint]
-    for method, path in chosen:
-        several = sum(m == method for m, _ in chosen) > 1
+    for method, path in map(method_of, args.checkpoint):
         rows = [("switch", 0, ""), ("aig", 1.0, " AIG"), ("switch", row.switch[method], " Combined")]
         if method == "imagerefl":
             rows = [("switch", row.switch[method], "")]  # the paper's row of that name is combined already
         sweeps = [(k, v, "") for k, values in args.sweep for v in values if k == "switch" or method == "refl"]
         for i, (kind, value, suffix) in enumerate(rows + sweeps):
             value = round(value * args.steps / 40) if kind == "switch" and i < len(rows) else value
-            label = NAMES[method] + suffix + (f" ({Path(path).name})" if several else "")
             guidance = args.guidance if kind == "switch" else args.aig_guidance
-            add(label, i < len(rows), path, method, kind, value, guidance)
+            add(NAMES[method] + suffix, i < len(rows), path, method, kind, value, guidance)
     return list(points.values())
 
 
@@ -378,14 +375,14 @@ def main(args) -> dict:
         "base": args.base, "steps": args.steps, "guidance": args.guidance, "resolution": args.resolution,
         "images_per_prompt": args.images_per_prompt, "seed": args.seed, "prompts": prompts,
         "columns": titles(args, row, keys), "notes": notes,
-        "axes": {"diversity": "diversity", "quality": args.rewards.split(",")} if "diversity" in keys else None,
+        "axes": {"diversity": "diversity" if "diversity" in keys else None, "quality": args.rewards.split(",")},
         "points": listed,
     }  # fmt: skip
     state.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     table = report.markdown(results)
     state.write_text(folder / "table.md", table)
     state.write_text(folder / "table.csv", report.csv(results))
-    for quality in results["axes"]["quality"] if results["axes"] else []:
+    for quality in results["axes"]["quality"] if results["axes"]["diversity"] else []:
         state.write_text(folder / f"tradeoff-{quality}.svg", report.curves(results, quality))
     print(f"\n{table}\nwritten to {folder}, to look at: {report.write(results, folder)}")
     return results

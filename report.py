@@ -38,7 +38,7 @@ def read(folder: Path) -> dict:
         for key in ("label", "row", "checkpoint", "method", "kind", "value", "folder", "values"):
             [point[key] for point in results["points"]]
         keys = [c["key"] for c in results["columns"] if c["title"] and c["digits"] >= 0 and ARROWS[c["better"]]]
-        unknown = {results["axes"]["diversity"], *results["axes"]["quality"]} - set(keys)
+        unknown = {results["axes"]["diversity"], *results["axes"]["quality"]} - {*keys, None}
         first, _ = results["points"][0], results["prompts"][0]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
@@ -174,7 +174,7 @@ def summary(results: dict) -> str:
     """What was drawn, and what became of quality and diversity (means over training runs), in sentences."""
     steps, tuned = results["steps"], [p for p in results["points"] if p["row"] and p["checkpoint"]]
     labels = list(dict.fromkeys(p["label"] for p in tuned))
-    quality, diversity = (column(results, k) for k in (results["axes"]["quality"][0], results["axes"]["diversity"]))
+    quality, diversity = column(results, results["axes"]["quality"][0]), results["axes"]["diversity"]
 
     def mean(label: str, key: str) -> float | None:
         means = [mean for mean, _ in (stat(p, key) for p in tuned if p["label"] == label) if mean is not None]
@@ -186,9 +186,9 @@ def summary(results: dict) -> str:
         f"“{results['base']}”, has guidance {results['guidance']:g}. In a mixture of {first} + {steps - first} the "
         f"base model takes the first {first} steps and the tuned one the rest."
     )
-    base, most = (stat(results["points"][0], c["key"])[0] for c in (quality, diversity))
+    base, most = (stat(results["points"][0], key)[0] for key in (quality["key"], diversity))
     values = [f"{number(mean(label, quality['key']), quality['digits'])} for {label}" for label in labels]
-    shares = [(label, mean(label, diversity["key"])) for label in labels if most]
+    shares = [(label, mean(label, diversity)) for label in labels if most]  # none where it is not measured
     kept = [f"{label} {100 * share / most:.0f}\u00a0%" for label, share in shares if share is not None]
     if values:
         said += f" {quality['title']} is {number(base, quality['digits'])} for the base, {', '.join(values)}."
@@ -202,7 +202,8 @@ def write(results: dict, folder: Path) -> Path:
     points, checkpoints = results["points"], families(results)
     stops, columns = grid_columns(results)
     rows, count = grid(results, columns, folder)
-    axes = [column(results, key) for key in (results["axes"]["quality"][0], results["axes"]["diversity"])]
+    axes = [column(results, key) for key in (results["axes"]["quality"][0], results["axes"]["diversity"]) if key]
+    drawn = results["axes"]["quality"] if results["axes"]["diversity"] else []  # no curves without a diversity
 
     def reading(i: int, at: str, c: Column) -> str:
         values = "".join(f"<td>{number(stat(points[i], axis['key'])[0], axis['digits'])}</td>" for axis in axes)
@@ -241,7 +242,7 @@ def write(results: dict, folder: Path) -> Path:
         "ticks": "".join(f"<span>{stop}</span>" for stop in ["table", *stops]),
         "axes": "".join(f'<th scope="col">{text(axis["title"])}</th>' for axis in axes),
         "readings": "".join(c.each(lambda i, at, c=c: reading(i, at, c)) for c in columns if c.moves),
-        "curves": "".join(f"<figure>{curves(results, key)}</figure>" for key in results["axes"]["quality"]),
+        "curves": "".join(f"<figure>{curves(results, key)}</figure>" for key in drawn),
         "heads": "".join(
             f'<th scope="col">{text(c.title)} '
             f"{c.each(lambda i, at: f'<small{at}>{mixture(results, points[i])}</small>')}</th>"

@@ -144,6 +144,18 @@ def at_equal_diversity(seeds: list[Curves]) -> dict[str, list[float | None]]:
     return rows
 
 
+def means(results: dict) -> list[str]:
+    """The table of results, a row for each way to sample: mean over the seeds ± its standard error."""
+    labels = dict.fromkeys(p["label"] for p in results["points"] if p["row"])
+    columns = results["columns"]
+    lines = ["| | " + " | ".join(c["title"] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for label in labels:
+        own = [p["values"] for p in results["points"] if p["row"] and p["label"] == label]
+        cells = [said([v[c["key"]][0] for v in own], c["digits"]).split(" | ")[0] for c in columns]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def claims(guided: list[Curves], plain: list[Curves]) -> str:
     """The claims as Markdown tables: a line each, mean ± standard error over the seeds, and every seed.
 
@@ -174,14 +186,20 @@ def main(args) -> None:
         for seed in plan.seeds
         for method, updates in (("refl", plan.refl), ("imagerefl", plan.imagerefl))
     ]
-    sides = []
+    sides, tables = [], []
     for name, guidance in (("evaluation", TINY.guidance), ("evaluation-no-guidance", 1.0)):
         asked = [f"--checkpoint={path}" for path in runs] + [f"--points={folder / 'points'}", *plan.evaluation]
         results = evaluate.main(
             evaluate.parse_args([*asked, f"--guidance={guidance}", f"--output-dir={folder / name}"])
         )
         sides.append([Curves(results, folder, seed) for seed in plan.seeds])
-    text = claims(*sides)
+        tables += [
+            f"Guidance of the base model {guidance:g}; mean over seeds ± standard error:",
+            "",
+            *means(results),
+            "",
+        ]
+    text = "\n".join(tables) + "\n" + claims(*sides)
     state.write_text(folder / "claims.md", text)
     print("\n" + text)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,36 @@ def test_a_second_call_computes_only_what_is_missing(evaluated, monkeypatch):
     monkeypatch.setattr(evaluate, "tiny_scorer", lambda device: None)  # nothing is measured again either
     assert run(folder, *flags) == results
     assert len(made) == 1
+
+
+def test_measures_of_the_published_bases(tmp_path, monkeypatch):
+    """SD1.5's row, on the tiny networks: without DINO and Inception they are named as missing, with them measured."""
+    row = replace(evaluate.settings.SD15, resolution=64, reward="tiny2", guidance=2.0)
+    monkeypatch.setattr(evaluate.settings, "of", lambda *_: row)
+    results = run(tmp_path / "few")
+    assert [c["key"] for c in results["columns"]] == ["tiny2"]
+    assert [note[:12] for note in results["notes"]] == ["No diversity", "No FID, CovD"]
+    assert "<svg" not in (tmp_path / "few" / "report.html").read_text().split("</style>")[1]
+
+    def pooled(*_, **__):
+        return lambda images: torch.nn.functional.adaptive_avg_pool2d(images, 1).flatten(1) + 2
+
+    monkeypatch.setattr(evaluate.metrics, "dino_features", pooled)
+    monkeypatch.setattr(evaluate.metrics, "inception_features", pooled)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(7):
+        Image.new("RGB", (80, 64), (30 * i, 255 - 20 * i, i * i)).save(photos / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": "a photo"}) for i in (0, 0, 1, 2, 3, 4, 5, 6)]  # 0 twice
+    (photos / "metadata.jsonl").write_text("\n".join(rows))
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"")
+    results = run(tmp_path / "all", f"--dino={file}", f"--inception={file}", f"--reference={photos}")
+    assert [c["key"] for c in results["columns"]] == ["tiny2", "diversity", "fid", "covdist", "logcovdist"]
+    paths = sorted((tmp_path / "all" / results["points"][0]["folder"]).glob("*.png"))
+    made = pooled()(torch.stack([to_tensor(Image.open(path)) for path in paths]))
+    real = pooled()(torch.stack([to_tensor(Image.open(photos / f"{i}.png").crop((8, 0, 72, 64))) for i in range(6)]))
+    assert results["points"][0]["values"]["fid"][0] == pytest.approx(metrics.fid(made, real), rel=1e-4)
 
 
 def test_other_prompts_are_other_images(evaluated):

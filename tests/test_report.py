@@ -94,13 +94,18 @@ class Page(HTMLParser):
 def test_every_point_is_once_in_the_curve_and_where_its_values_say(tmp_path):
     results = make(tmp_path)
     svg = ElementTree.fromstring(report.curves(results, "tiny"))
-    dots = {int(g.get("data-point")): g.find(f"{SVG}circle") for g in svg.iter(f"{SVG}g") if g.get("data-point")}
-    assert len([g for g in svg.iter(f"{SVG}g") if g.get("data-point")]) == len(results["points"])
-    assert sorted(dots) == list(range(len(results["points"])))
+    points = [g for g in svg.iter(f"{SVG}g") if g.get("data-point")]
+    groups = {int(g.get("data-point")): g for g in points}
+    assert sorted(groups) == list(range(len(results["points"]))) and len(points) == len(groups)
+    dots = {n: g.find(f"{SVG}circle") for n, g in groups.items()}
     x, y = ([float(dots[n].get(axis)) for n in sorted(dots)] for axis in ("cx", "cy"))
     for there in (x, y):  # values are 0, 1, 2, .. apart: so are places
         steps = [b - a for a, b in zip(there, there[1:], strict=False)]
         assert steps == pytest.approx([steps[0]] * len(steps), abs=0.21) and steps[0] > 10
+    bar, bar2 = ({k: float(v) for k, v in line.attrib.items()} for line in groups[3].iter(f"{SVG}line"))
+    assert bar["y1"] == bar["y2"] == y[3] and bar2["x1"] == bar2["x2"] == x[3]
+    assert (bar["x1"], bar["x2"]) == pytest.approx((x[3] - 0.2 * (x[4] - x[3]), x[3] + 0.2 * (x[4] - x[3])), abs=0.2)
+    assert (bar2["y1"], bar2["y2"]) == pytest.approx((y[3] + 0.2 * (y[4] - y[3]), y[3] - 0.2 * (y[4] - y[3])), abs=0.2)
     ticks = {
         t.text: float(t.get("x")) for t in svg.iter(f"{SVG}text") if t.get("text-anchor") == "middle" and t.get("y")
     }
