@@ -1,7 +1,9 @@
 """Models from files, and files from models, in every published form of SD1.5 and SDXL.
 
     python weights.py inspect FILE
-    python weights.py convert SRC DST --layout single-file --dtype fp16
+    python weights.py convert SRC FOLDER
+    python weights.py convert SRC FILE.safetensors --layout single-file --dtype fp16
+    python weights.py convert ADAPTER FILE.safetensors --layout kohya --base sd15
 
 Reading is strict: a missing, unexpected or misshaped key is an error; a pickle is never executed. A module is built
 without memory (on the meta device) and the file's tensors, memory-mapped, become its own.
@@ -278,8 +280,13 @@ def inspect(path: Path) -> str:
 
 
 def convert(source: str, path: str, layout: str, dtype: torch.dtype, base: str | None) -> None:
-    """Rewrite the UNet of a source in another layout. An adapter is merged into its base, unless the layout is its."""
-    place = find(source, "tuned_unet")
+    """Rewrite the UNet of a source in another layout. An adapter is merged into its base, unless the layout is its.
+
+    base: by default a run's own, else the source itself where it holds more than a UNet.
+    """
+    place, about = find(source, "tuned_unet"), Path(source) / "run.json"
+    if base is None and about.is_file():
+        base = files.read_json(about)["args"]["base"]
     if place.is_file() and layouts.is_adapter(read_file(place)):
         if base is None:
             raise ValueError(f"{place}: an adapter needs --base, the model that it adapts")

@@ -660,6 +660,12 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
     assert difference.abs().max() <= 1e-4
     with pytest.raises(ValueError, match="an adapter needs --base"):
         weights.convert(tmp_path / "run", tmp_path / "x", "kohya", torch.float32, None)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"args": {"base": str(pipeline)}}))  # as train.py leaves it
+    weights.convert(tmp_path / "run", tmp_path / "x.safetensors", "single-file", torch.float32, None)
+    assert same(
+        weights.load_unet(tmp_path / "x.safetensors").state_dict(), weights.load_unet(tmp_path / "merged").state_dict()
+    )
+    assert weights.load_vae(tmp_path / "x.safetensors")
 
 
 def test_an_adapter_is_rewritten_in_the_names_of_others_and_back(tmp_path):
