@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from recipe import GOLDEN, fill, filled, golden, golden_config, rnd
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -24,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import files
 import layouts
 import lora
+import sample
 import unet as unets
 import vae as vaes
 import weights
@@ -397,6 +399,49 @@ def test_the_authors_folders_hold_both_unets(tmp_path):
     assert same(weights.load_tuned(folder, other)[0].state_dict(), base.state_dict())
     with pytest.raises(ValueError, match="takes text of width 80, the base 48"):
         weights.load_tuned(folder, pipeline_of("sd15"))
+
+
+def write_vocabulary(folder: Path) -> None:
+    """A vocabulary of letters; the end of a text is the largest id, which is where CLIP looks for it."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["!", *letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def sampled(folder: Path, *flags) -> torch.Tensor:
+    """The pixels, 0 .. 255, of the image that the command makes."""
+    size = ["--prompt", "fox", "--images-per-prompt", "1", "--steps", "2", "--switch", "1", "--resolution", "64"]
+    sample.main(sample.parse_args([*map(str, flags), *size, "--output-dir", str(folder)]))
+    return torch.tensor(list(Image.open(folder / "00000-1.png").tobytes()))
+
+
+@BOTH
+def test_the_command_samples_the_same_from_every_form_of_the_same_weights(base, tmp_path):
+    pipeline, single = write_pipeline(tmp_path / "pipeline", base), tmp_path / "single" / "x.safetensors"
+    tokenizers = ["tokenizer"] + ["tokenizer_2"] * (base == "sdxl")
+    for name in tokenizers:
+        write_vocabulary(pipeline / name)
+    unet = weights.load_unet(pipeline)
+    for parameter in lora.add(unet, 2):
+        parameter.data.copy_(fill("adapter", parameter.shape))
+    lora.save(unet, tmp_path / "run")
+    expected = sampled(tmp_path / "a", "--base", pipeline, "--checkpoint", tmp_path / "run")
+    weights.save_unet(weights.load_unet(pipeline), single, "single-file", base=pipeline)
+    write_vocabulary(single.parent / "tokenizer")
+    hub = tmp_path / "cache" / "models--some--model" / "snapshots" / "abc"
+    shutil.copytree(pipeline, hub)
+    shard(hub / "unet")
+    images = [sampled(tmp_path / "b", "--base", single, "--checkpoint", tmp_path / "run")]
+    images += [sampled(tmp_path / "c", "--base", "some/model", "--checkpoint", tmp_path / "run")]
+    weights.save_unet(lora.merge(unet), hub / "fine_tuned_unet")
+    (hub / "unet").rename(hub / "original_unet")  # this is how the authors publish theirs
+    images += [sampled(tmp_path / "d", "--checkpoint", "some/model")]
+    for image in images:
+        assert (image - expected).abs().max() <= 1  # weights that lie elsewhere, or are merged, round otherwise
+    other = sampled(tmp_path / "e", "--base", pipeline, "--checkpoint", pipeline / "unet")
+    assert (other - expected).abs().max() > 1
 
 
 def test_a_run_is_read_with_its_base(tmp_path):
