@@ -59,6 +59,12 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def why(error: Exception) -> str:
+    """What torch's unpickler found, in one sentence, without its advice on how to load the file all the same."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return re.split(r"\.\s|\n", text)[0] or type(error).__name__
+
+
 def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     """Every tensor of one weight file, memory-mapped where the format allows.
 
@@ -68,7 +74,7 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: {'a folder; name a file in it' if path.is_dir() else 'no such file'}")
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com"):
             raise ValueError(
@@ -84,8 +90,7 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # noqa: BLE001 - whatever the unpickler refuses, the file is not loaded
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: refused, holds more than plain tensors or is damaged ({reason})") from None
+        raise ValueError(f"{path}: refused, holds more than plain tensors or is damaged ({why(error)})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")

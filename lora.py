@@ -18,6 +18,7 @@ import layouts
 import state
 from unet import UNet
 
+LAYOUTS = ("peft", "kohya")
 TARGET = re.compile(r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$")
 PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
 
@@ -169,16 +170,22 @@ def _kohya_file(unet: UNet) -> tuple[dict[str, Tensor], dict[str, str]]:
     }
 
 
-def save(unet: UNet, path: str | Path, layout: str = "peft", metadata: dict[str, str] | None = None) -> None:
+def save(
+    unet: UNet,
+    path: str | Path,
+    layout: str = "peft",
+    metadata: dict[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write the adapters. `path`: a `.safetensors` file, or a folder, which gets `pytorch_lora_weights.safetensors`.
 
     layout: "peft" or "kohya". Raises ValueError for another one.
     """
-    if layout not in ("peft", "kohya"):
-        raise ValueError(f"unknown layout {layout!r} of an adapter; known: peft, kohya")
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r} of an adapter; known: {', '.join(LAYOUTS)}")
     tensors, header = _peft_file(unet) if layout == "peft" else _kohya_file(unet)
     path = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / files.ADAPTER
-    state.write(path, {k: t.to("cpu") for k, t in tensors.items()}, {"format": "pt"} | header | (metadata or {}))
+    state.write(path, {k: t.to("cpu", dtype) for k, t in tensors.items()}, {"format": "pt"} | header | (metadata or {}))
 
 
 def load(unet: UNet, path: str | Path) -> list[nn.Parameter]:

@@ -86,7 +86,7 @@ CLEANED = ("hpsv2.1", "hpsv2.0", "clipscore")  # whose tokenizers repair the tex
 
 
 def clean(text: str) -> str:
-    """The repairs that the tokenizers of open_clip and OpenAI's CLIP make before they lower-case.
+    """What the tokenizers of open_clip and OpenAI's CLIP do to a text first: repairs, then lower case.
 
     HTML entities; UTF-8 that was read as Windows-1252; ligatures and full-width forms; curly quotes; control
     characters. They concern 1 % of real prompts. The originals use ftfy, which also finds mojibake inside
@@ -99,7 +99,23 @@ def clean(text: str) -> str:
         pass  # not mojibake
     text = re.sub("[\u3000\ufb00-\ufb06\uff01-\uffef]", lambda match: unicodedata.normalize("NFKC", match[0]), text)
     text = re.sub("[\u02bc\u2018-\u201b]", "'", re.sub("[\u201c-\u201f]", '"', text))
-    return re.sub("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", "", text)
+    return re.sub("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", "", text).lower()
+
+
+def respell(text: str) -> str:
+    """What open_clip calls the start and the end of a text, in OpenAI's words, which the vocabulary files have.
+
+    To open_clip those words in a prompt are ordinary text. A space between sign and letter keeps them that, and
+    changes nothing else: the pattern that cuts text into words cuts there anyway.
+    """
+    text = re.sub(r"<\|(start|end)oftext\|>", r"<| \1oftext |>", text)
+    return re.sub("<(start|end)_of_text>", r"<|\1oftext|>", text)
+
+
+def original_text(name: str, prompt: str) -> str:
+    """A prompt as the tokenizer that a reward was trained with understands it."""
+    prompt = clean(prompt) if name in CLEANED else prompt
+    return respell(prompt) if name.startswith("hpsv2") else prompt
 
 
 def tokenizer(name: str, folder) -> CLIPTokenizer | BertTokenizer:
@@ -364,9 +380,9 @@ class Reward:
 
     def ids(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask (B, S); a prompt that is too long loses its tail but keeps the end token."""
-        repaired = [clean(prompt) for prompt in prompts] if self.name in CLEANED else prompts
+        texts = [original_text(self.name, prompt) for prompt in prompts]
         length = {"padding": "max_length", "truncation": True, "max_length": self.network.length}
-        out = self.tokenizer(repaired, return_tensors="pt", **length)
+        out = self.tokenizer(texts, return_tensors="pt", **length)
         return out.input_ids, out.attention_mask
 
     def text(self, prompts: list[str], device) -> list[torch.Tensor]:

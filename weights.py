@@ -1,7 +1,9 @@
 """Models from files, and files from models, in every published form of SD1.5 and SDXL.
 
     python weights.py inspect FILE
-    python weights.py convert SRC DST --layout single-file --dtype fp16
+    python weights.py convert SRC FOLDER
+    python weights.py convert SRC FILE.safetensors --layout single-file --dtype fp16
+    python weights.py convert ADAPTER FILE.safetensors --layout kohya --base sd15
 
 Reading is strict: a missing, unexpected or misshaped key is an error; a pickle is never executed. A module is built
 without memory (on the meta device) and the file's tensors, memory-mapped, become its own.
@@ -204,11 +206,14 @@ def save_unet(
     """Write a UNet: "diffusers", a folder that diffusers reads, or "single-file", for A1111 and ComfyUI.
 
     A single file (LDM for SD1.5, SGM for SDXL) also holds the autoencoder and the text encoders of `base`, a source.
-    Raises ValueError for another layout, for adapters that are not merged, and for a single file without a base.
+    Raises ValueError for another layout, for adapters that are not merged, for a single file without a base, and for a
+    path that is named like the other layout's.
     """
     unet = getattr(unet, "_orig_mod", unet)  # of a compiled one
     if any(".lora_" in key for key in unet.state_dict()):
         raise ValueError("this UNet has adapters; lora.save writes them, lora.merge folds them into the weights")
+    if layout in ("diffusers", "single-file") and (Path(path).suffix == ".safetensors") != (layout == "single-file"):
+        raise ValueError(f"{path}: the layout single-file goes into a file named .safetensors, diffusers into a folder")
     if layout == "diffusers":
         tensors = {key: t.to("cpu", dtype) for key, t in unet.state_dict().items()}
         state.write(Path(path) / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"} | (metadata or {}))
@@ -220,7 +225,7 @@ def save_unet(
         header = modelspec(unet, Path(path).stem) | {"config": json.dumps(_configs(unet, base))} | (metadata or {})
         state.write(path, {key: t.to("cpu", dtype) for key, t in tensors.items()}, {"format": "pt"} | header)
     else:
-        raise ValueError(f"unknown layout {layout!r}; known: diffusers, single-file")
+        raise ValueError(f"unknown layout {layout!r} of a UNet; known: diffusers, single-file")
 
 
 def _configs(unet: UNet, base: str | Path) -> dict[str, dict]:
@@ -275,13 +280,20 @@ def inspect(path: Path) -> str:
 
 
 def convert(source: str, path: str, layout: str, dtype: torch.dtype, base: str | None) -> None:
-    """Rewrite the UNet of a source, or an adapter merged into a base, in another layout."""
-    place = find(source, "tuned_unet")
+    """Rewrite the UNet of a source in another layout. An adapter is merged into its base, unless the layout is its.
+
+    base: by default a run's own, else the source itself where it holds more than a UNet.
+    """
+    place, about = find(source, "tuned_unet"), Path(source) / "run.json"
+    if base is None and about.is_file():
+        base = files.read_json(about)["args"]["base"]
     if place.is_file() and layouts.is_adapter(read_file(place)):
         if base is None:
             raise ValueError(f"{place}: an adapter needs --base, the model that it adapts")
         unet = load_unet(base)
         lora.load(unet, place)
+        if layout in lora.LAYOUTS:
+            return lora.save(unet, path, layout, dtype=dtype)
         lora.merge(unet)
     else:
         unet = load_unet(place)
@@ -293,9 +305,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("command", choices=("inspect", "convert"), help="say what a file is, or rewrite a UNet")
     parser.add_argument("source", metavar="SRC", help="a file; to convert also a run, a folder, a hub id, an adapter")
     parser.add_argument("path", metavar="DST", nargs="?", help="the UNet's folder, or the .safetensors file, to write")
-    parser.add_argument("--layout", choices=("diffusers", "single-file"), default="diffusers")
+    parser.add_argument("--layout", choices=("diffusers", "single-file", *lora.LAYOUTS), default="diffusers")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--base", help="whose autoencoder and text encoders a single file gets; SRC's own by default")
+    parser.add_argument("--base", help="what an adapter adapts, or what else a single file holds (default: SRC's own)")
     return parser.parse(argv)
 
 
@@ -306,6 +318,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("convert SRC DST: no DST, the folder or file to write")
     else:
         convert(args.source, args.path, args.layout, DTYPES[args.dtype], args.base)
+        print(f"written to {args.path}")
 
 
 if __name__ == "__main__":

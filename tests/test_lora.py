@@ -2,6 +2,10 @@
 
 import functools
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import files
 import lora
+import state
 import weights
 from combined import combine, plain, switch_weights
 from scheduler import Scheduler
 from unet import UNet, UNetConfig
 
+ROOT = Path(__file__).parent.parent
 MINIS = pytest.mark.parametrize("name", ["unet_sd15_mini", "unet_sdxl_mini"])
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"  # 48 -> 64 numbers in SD1.5, 80 -> 64 in SDXL
 
@@ -141,14 +147,54 @@ def test_combined_generation_with_one_set_of_weights_is_that_with_two_models():
     assert (images[0] - images[1]).abs().max() <= 1e-5 * images[1].abs().max()
 
 
-def test_one_set_of_weights_takes_hardly_more_memory_than_one_model():
-    unet = adapted(rank=1)
-    lora.halves(unet)
+GENERATE = """
+import json, sys, torch, weights
+from combined import combine, guided, plain, switch_weights
+from scheduler import Scheduler
+
+def memory(kind):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind))
+
+base, *checkpoint = sys.argv[1:]
+before = memory("VmRSS")
+if checkpoint:
+    first, second = weights.load_tuned(*checkpoint, base, dtype=torch.bfloat16)
+else:
+    first = second = weights.load_unet(base, dtype=torch.bfloat16)
+text, empty = ({"context": torch.full((1, 77, 768), x, dtype=torch.bfloat16)} for x in (0.1, 0.0))
+predictors = guided(first, text, empty, 7.5), plain(second, text)
+with torch.no_grad():  # one model takes every step itself
+    x = combine(Scheduler(2), *predictors, switch_weights(2, 1 if checkpoint else 2), torch.ones(1, 4, 8, 8))
+assert x.isfinite().all()
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_combined_generation_with_an_adapter_peaks_hardly_above_one_full_size_model(tmp_path):
+    """SD1.5 in bfloat16, latents of 8x8 so that weights dominate; a minute, and 2 GB on disk."""
+    base, run = tmp_path / "base", tmp_path / "run"
     with torch.device("meta"):
-        full = UNet()
-        base = sum(p.nbytes for p in full.parameters())
-        lora.add(full, 16)
-    assert sum(p.nbytes for p in full.parameters()) <= 1.05 * base
+        unet = UNet()
+    tensors = {key: rnd(key, *t.shape).bfloat16() / 30 for key, t in unet.state_dict().items()}
+    state.write(base / "diffusion_pytorch_model.safetensors", tensors)
+    state.write_text(base / "config.json", json.dumps(unet.config.to_dict()))
+    lora.add(unet, 16)
+    pairs = {f"unet.{key}": rnd(key, *t.shape) / 30 for key, t in adapter_tensors(unet).items()}
+    state.write(run / files.ADAPTER, pairs)
+    del tensors
+    try:
+        peak = {}
+        for name, checkpoint in (("one model", []), ("with an adapter", [run]), ("two models", [base])):
+            call = [sys.executable, "-c", GENERATE, base, *checkpoint]
+            done = subprocess.run([str(part) for part in call], capture_output=True, text=True, cwd=ROOT)
+            assert done.returncode == 0, done.stderr
+            peak[name] = int(done.stdout)
+    finally:
+        shutil.rmtree(tmp_path)
+    print({name: f"{size / 2**30:.2f} GiB" for name, size in peak.items()})
+    assert peak["with an adapter"] <= 1.05 * peak["one model"]
+    assert peak["two models"] >= 1.9 * peak["one model"]  # or the measure would not see a second set of weights
 
 
 @MINIS
