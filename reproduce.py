@@ -41,8 +41,8 @@ class Plan:
     imagerefl: int = TINY.updates["imagerefl"]
     evaluation: tuple[str, ...] = (
         "--images-per-prompt=4",
-        "--sweep=switch=0,3,5,7,10,15,20,25,30,35,38",
-        "--sweep=aig=1,1.5,2,3,4",
+        "--sweep=switch=0,5,10,15,20,25,30,35",
+        "--sweep=aig=1,2,4",
     )
 
 

@@ -37,6 +37,7 @@ def main() -> None:
     rows = {
         "base model": sample(None, 40, asked, all_seeds),
         "ReFL": sample("runs/refl-tiny", 0, asked, all_seeds),
+        "ReFL, combined generation (10 + 30)": sample("runs/refl-tiny", 10, asked, all_seeds),
         "ImageReFL, combined generation (30 + 10)": sample("runs/imagerefl-tiny", 30, asked, all_seeds),
     }
     heads = [f"{p}" if seed == seeds[0] else "" for p in prompts for seed in seeds]
