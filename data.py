@@ -212,30 +212,39 @@ def _order(length: int, seed: int, epoch: int) -> list[int]:
 class Stream:
     """Batches of a data set in a shuffled order that depends on the seed alone; `position` is all its state.
 
-    A picture that does not decode is named once, left out, and counted in `left_out`.
+    A picture that does not decode is named once and counted in `left_out`; the one after it takes its place, so that
+    what stands at a position never depends on what was read before.
     """
 
     def __init__(self, data, seed: int, position: int = 0):
         self.data, self.seed, self.position, self.left_out = data, seed, position, set()
 
+    def index(self, n: int) -> int:
+        """The index of what stands at position n."""
+        epoch, place = divmod(n, len(self.data))
+        return _order(len(self.data), self.seed, epoch)[place]
+
     def indices(self, count: int) -> list[int]:
         """The next `count` indices, without reading the images."""
-        length, start = len(self.data), self.position
-        self.position += count
-        return [_order(length, self.seed, n // length)[n % length] for n in range(start, self.position)]
+        start, self.position = self.position, self.position + count
+        return [self.index(n) for n in range(start, self.position)]
 
-    def batch(self, count: int) -> tuple[Tensor, list[str]]:
-        """The next images (count, 3, H, W) and their captions. Raises ValueError when no image at all decodes."""
-        rows = []
-        while len(rows) < count:
-            (i,) = self.indices(1)
+    def read(self, n: int) -> tuple[Tensor, str]:
+        """The picture at position n and its caption. Raises ValueError when no image at all decodes."""
+        while True:
+            i = self.index(n)
             try:
-                rows.append(self.data[i])
+                return self.data[i]
             except (OSError, Image.DecompressionBombError):
                 if i not in self.left_out:
                     print(f"left out, does not decode: {self.data.rows[i][0]}", file=sys.stderr)
                 self.left_out.add(i)
                 if len(self.left_out) == len(self.data):
                     raise ValueError(f"none of the {len(self.data)} images decodes") from None
-        images, captions = zip(*rows, strict=True)
+            n += 1
+
+    def batch(self, count: int) -> tuple[Tensor, list[str]]:
+        """The next images (count, 3, H, W) and their captions."""
+        start, self.position = self.position, self.position + count
+        images, captions = zip(*(self.read(n) for n in range(start, self.position)), strict=True)
         return torch.stack(images), list(captions)
