@@ -13,10 +13,9 @@ from pathlib import Path
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and which reads `--batch_size` as `--batch-size`."""
 
-    def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+    def __init__(self, description: str | None = None, **settings):
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=style, allow_abbrev=False, **settings)
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         return self.parse_args(self.dashed(argv))
