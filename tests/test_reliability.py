@@ -21,6 +21,7 @@ import distributed
 import state
 import train
 import weights
+from scheduler import Scheduler
 
 ROOT = Path(__file__).parent.parent
 ONE = ["--batch-size", "2", "--dtype", "float32", "--sample-every", "0"]
@@ -33,13 +34,14 @@ def mini(tmp_path_factory):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Without the pictures and tables before and after."""
+    """12 steps instead of 40, and no pictures and tables before and after."""
+    monkeypatch.setattr(train, "SCHEDULER", Scheduler(12))
     monkeypatch.setattr(train, "images_of", lambda *_: None)
     monkeypatch.setattr(train, "measure", lambda *_: {"reward": [0.0, 0.0]})
 
 
 def begin(mini, folder, *flags: str) -> None:
-    flags = [*ONE, "--base", mini, "--reward", "tiny", "--output-dir", str(folder), *flags]
+    flags = [*ONE, "--base", mini, "--start", "9", "--reward", "tiny", "--output-dir", str(folder), *flags]
     train.main(train.parse_args(flags))
 
 
@@ -102,8 +104,7 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(number, mini, 
     begin(mini, tmp_path / "stopped", *flags)
     out = capsys.readouterr().out
     assert f"stopped after update 2; go on with: python train.py --resume {tmp_path / 'stopped'}" in out
-    monkeypatch.undo()
-    monkeypatch.setattr(train, "images_of", lambda *_: None)
+    monkeypatch.setattr(train, "loss_of", loss_of)
     resume(tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -250,13 +251,19 @@ def test_a_full_disk_leaves_the_state_before_and_training_goes_on(mini, tmp_path
     assert "not saved, training goes on" in error and "step-000002" in error
     assert state.read(newest(tmp_path / "run"))[1]["update"] == 1 and not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
+    monkeypatch.setattr(train, "SCHEDULER", Scheduler(12))
     resume(tmp_path / "run")
     assert [row["update"] for row in log_of(tmp_path / "run")] == [1, 2, 3]
 
 
+def hold(folder: Path) -> None:
+    with state.lock(folder):
+        time.sleep(60)
+
+
 def test_a_run_in_use_is_refused_until_its_process_is_gone(mini, tmp_path, fast):
     begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "1")
-    pid = forked(lambda: state.lock(tmp_path / "run").__enter__() or time.sleep(60))
+    pid = forked(hold, tmp_path / "run")
     for _ in range(200):
         time.sleep(0.01)
         try:
