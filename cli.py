@@ -84,6 +84,7 @@ def stopping() -> Iterator[list[int]]:
         if signals:
             sys.exit(128 + number)
         signals.append(number)
+        os.write(2, b"\nfinishing this update, then saving; once more to stop at once\n")  # print may be busy
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

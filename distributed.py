@@ -28,13 +28,11 @@ def group(device: str) -> Iterator[None]:
     if COUNT == 1:
         yield
         return
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=PATIENCE)
+    yield
+    dist.destroy_process_group()  # not after an error, when others may be gone: it would wait for them
 
 
 def check_passes(batch_size: int, passes: int) -> None:

@@ -22,7 +22,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: flushed and renamed to it in the end, removed when anything fails."""
+    """A temporary name beside `path`: flushed and renamed to it in the end, removed when anything fails.
+
+    An OSError within, such as that of a full disk, names the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -33,6 +36,8 @@ def replacing(path: Path) -> Iterator[Path]:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # so that the new name, too, outlives a power cut
         os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -175,6 +180,12 @@ def load_newest(folder: Path, modules: dict, optimizer: torch.optim.Optimizer) -
     if found:
         raise ValueError(f"{folder}: all {len(found)} states are damaged; remove them to start at the first update")
     return {}
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half written there: our `NAME.tmp`, safetensors' own `.tmpABCDEF`."""
+    for path in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):
+        path.unlink()
 
 
 def cut_log(path: Path, update: int) -> None:

@@ -163,7 +163,7 @@ def rate(args, update: int) -> float:
 
 def autocast(args):
     """bf16 where it was asked for. Weights that train stay float32."""
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def load_models(args, config: dict) -> SimpleNamespace:
@@ -358,7 +358,9 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
     if FIRST:
         about = begin(args, m, row, prompts, folder, progress["update"])
     first_update, saved = progress["update"], time.time()
-    bar = tqdm(range(first_update, args.steps), args.method, args.steps, initial=first_update, disable=not FIRST)
+    bar = tqdm(
+        range(first_update, args.steps), args.method, args.steps, initial=first_update, unit="update", disable=not FIRST
+    )
     with cli.stopping() as signals:
         for update in bar:
             began, logs = time.time(), []
@@ -411,7 +413,10 @@ def begin(args, m, row: settings.Settings, prompts: list[str], folder: Path, upd
     """Write what the run is, and how its base does, unless it goes on; returns the content of its `run.json`."""
     about = json.loads((folder / "run.json").read_text()) if args.resume else {"table": {}}
     about["args"] = {k: v for k, v in vars(args).items() if k not in ("resume", "override", "given")}
+    about.pop("finished", None)
     if args.resume:
+        for name in ("states", "unet"):
+            state.sweep(folder / name)
         state.cut_log(folder / "log.jsonl", update)
         print(f"going on after update {update} of {folder}")
     state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
