@@ -94,6 +94,12 @@ def stopping() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is a GPU's or the CPU's that has no more memory to give."""
+    words = ("out of memory", "allocate memory", "enough memory")
+    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in words)
+
+
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Call `main(args)`; what the user can put right is told in one line, with exit code 2."""
     name = sys.argv[0].rsplit("/", 1)[-1]
@@ -102,6 +108,12 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except (ValueError, OSError) as error:
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or "of the CPU").splitlines()[0]
+        print(f"{name}: out of memory ({reason}); try a smaller --batch-size or --resolution", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

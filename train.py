@@ -339,7 +339,7 @@ def main(args) -> None:
                     raise ValueError(f"{folder}: another process has trained there meanwhile; start again")
                 train(args, m, row, prompts, data, folder)
     except (RuntimeError, MemoryError) as error:
-        if not any(words in str(error).lower() for words in ("out of memory", "allocate memory", "enough memory")):
+        if not cli.is_out_of_memory(error):
             raise
         raise ValueError(memory_advice(args, error)) from None
 
@@ -467,7 +467,7 @@ def memory_advice(args, error: Exception) -> str:
     ways += [] if args.lora else ["--lora 16"]
     return (
         f"out of memory at {args.batch_size} images of {args.resolution} pixels a pass, peak {peak / 1e9:.2f} GB "
-        f"({str(error).splitlines()[0]}); try {', '.join(ways) or 'a smaller --resolution'}"
+        f"({(str(error) or 'of the CPU').splitlines()[0]}); try {', '.join(ways) or 'a smaller --resolution'}"
     )
 
 
@@ -482,10 +482,10 @@ def read_run(args) -> Path:
         raise FileNotFoundError(f"--resume {args.resume}: no run.json there, so no run to go on with")
     try:
         then = json.loads(path.read_text())["args"]
+        free = HARMLESS | ({"steps"} if then["lr_schedule"] == "constant" else set())
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--resume {args.resume}: its run.json is damaged; put it back, or start anew") from None
     changed = {key: value for key, value in args.given.items() if then.get(key) != value}
-    free = HARMLESS | ({"steps"} if then["lr_schedule"] == "constant" else set())
     refused = [f"--{key.replace('_', '-')} {changed[key]} (was {then.get(key)})" for key in changed if key not in free]
     if refused and not args.override:
         raise ValueError(f"{', '.join(refused)}: changes the result of {folder}; leave it out, or add --override")

@@ -94,6 +94,8 @@ CASES = [
     ("train", "--resume nowhere", "nowhere"),
     ("train", "--resume {bad}/broken_run", "run.json is damaged"),
     ("train", "--resume {bad}/empty_run", "run.json is damaged"),
+    ("train", "--resume {bad}/old_run --lr 1", "--lr 1.0 (was 0.1)"),
+    ("train", "--resume {bad}/old_run --steps 9", "--steps 9 (was 3)"),  # the rate falls to 0 at the last one
     # sample.py
     ("sample", "--switch 41", "--switch 41"),
     ("sample", "--switch -1", "--switch -1"),
@@ -179,6 +181,7 @@ def bad(tmp_path_factory, mini):
         "undecodable/a.png": "GIF89a",
         "broken_run/run.json": '{"args": {"ba',
         "empty_run/run.json": "{}",
+        "old_run/run.json": '{"args": {"lr": 0.1, "steps": 3, "lr_schedule": "cosine"}}',
         "cut/unet/config.json": config,
         f"cut/unet/{WEIGHTS}": unet[: len(unet) // 2],
         "html/config.json": config,

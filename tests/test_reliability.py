@@ -53,6 +53,10 @@ def log_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def numbers(row: dict) -> dict[str, float]:
+    return {key: value for key, value in row.items() if not isinstance(value, str)}
+
+
 def timeless(folder) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in log_of(folder)]
 
@@ -78,12 +82,12 @@ def assert_same_run(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--method", "refl"],
-        ["--method", "imagerefl", "--accumulate", "2", "--max-grad-norm", "0.1"],
-        ["--method", "imagerefl", "--lora", "2", "--warmup", "4"],
-        ["--method", "diffusion", "--ema", "0.9", "--warmup", "2", "--snr-gamma", "5"],
+        pytest.param(["--method", "refl"], marks=pytest.mark.slow),
+        ["--method", "imagerefl", "--batch-size", "1", "--max-grad-norm", "0.1"],
+        ["--method", "imagerefl", "--batch-size", "1", "--lora", "2", "--warmup", "4"],
+        ["--method", "diffusion", "--ema", "0.9", "--accumulate", "2", "--snr-gamma", "5"],
     ],
-    ids=lambda flags: "".join(flags[1:3]),
+    ids=lambda flags: " ".join(flags[1:]),
 )
 def test_a_run_goes_on_to_the_bit(flags, mini, tmp_path, fast):
     """Stopped after the third update, before the fourth, which in ImageReFL is one of ReFL."""
@@ -137,6 +141,7 @@ def forked(work, *arguments) -> int:
     except SystemExit as exit:
         code = exit.code
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -169,7 +174,7 @@ def kill_and_go_on(mini, folder, flags: list[str], moments: list[float]) -> int:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_in_the_same_weights(kills, mini, tmp_path, fast):
-    flags = ["--method", "imagerefl", "--steps", "6", "--save-every", "1", "--lora", "2"]
+    flags = ["--method", "imagerefl", "--batch-size", "1", "--steps", "6", "--save-every", "1", "--lora", "2"]
     began = time.monotonic()
     assert wait(forked(begin, mini, tmp_path / "whole", *flags), 600) == 0
     whole = time.monotonic() - began
@@ -340,7 +345,7 @@ def test_a_changed_flag_is_refused_by_name_unless_overridden(mini, tmp_path, fas
     resume(folder, "--lr", "1e-3", "--override", "--steps", "3")
     assert [row["lr"] for row in log_of(folder)] == [1e-4, 1e-4, 1e-3]
     assert json.loads((folder / "run.json").read_text())["args"]["lr"] == 1e-3
-    with pytest.raises(ValueError, match="--ema"):
+    with pytest.raises(ValueError, match="saved from other networks: no ema"):
         resume(folder, "--ema", "0.9", "--override", "--steps", "4")
 
 
@@ -371,15 +376,21 @@ def two_processes(tmp_path, mini, flags: list[str], dies: bool = False) -> list[
     return [wait(pid, 120) for pid in pids]
 
 
-@pytest.mark.parametrize("flags", [["--method", "imagerefl"], ["--method", "diffusion", "--ema", "0.9"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "imagerefl", "--batch-size", "1", "--accumulate", "2"],
+        pytest.param(["--method", "diffusion", "--ema", "0.9", "--accumulate", "6"], marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_make_the_updates_of_one(flags, mini, tmp_path, fast):
-    flags = [*flags, "--steps", "4", "--accumulate", "4"]
+    flags = [*flags, "--steps", "4"]
     assert two_processes(tmp_path, mini, flags) == [0, 0]
     begin(mini, tmp_path / "one", *flags)
     (one, info), (two, other) = (state.read(newest(tmp_path / name)) for name in ("one", "two"))
     assert info == other
     for row, same in zip(timeless(tmp_path / "one"), timeless(tmp_path / "two"), strict=True):
-        assert row == pytest.approx(same, rel=1e-4)
+        assert numbers(row) == pytest.approx(numbers(same), rel=1e-4)
     moved = weights.load_unet(mini).state_dict()
     for key in moved:
         assert (one[f"unet.{key}"] - two[f"unet.{key}"]).norm() <= 0.02 * (one[f"unet.{key}"] - moved[key]).norm()
@@ -399,7 +410,8 @@ def test_torchrun_trains_and_ends_with_a_killed_process(mini, tmp_path):
     command += [str(ROOT / "train.py"), *flags]
     subprocess.run([*command, "--output-dir", str(tmp_path / "two")], check=True, timeout=600, cwd=tmp_path)
     begin(mini, tmp_path / "one", *flags[2:])
-    assert timeless(tmp_path / "one")[-1] == pytest.approx(timeless(tmp_path / "two")[-1], rel=1e-4)
+    one, two = (numbers(timeless(tmp_path / name)[-1]) for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
     long = subprocess.Popen(
         [*command, "--steps", "100000", "--output-dir", str(tmp_path / "long")], cwd=tmp_path, stderr=subprocess.PIPE
     )
