@@ -99,6 +99,19 @@ def test_a_run_goes_on_to_the_bit(flags, mini, tmp_path, fast):
     assert kinds == (["imagerefl"] * 3 + ["refl", "imagerefl"] if "imagerefl" in flags else [flags[1]] * 5)
 
 
+def test_no_image_is_taken_twice_in_an_epoch_also_after_a_resumption(mini, tmp_path, fast, monkeypatch):
+    seen, next_batch = [], train.next_batch
+
+    def recorded(args, m, stream, *rest):
+        seen.extend(range(stream.position, stream.position + args.batch_size))
+        return next_batch(args, m, stream, *rest)
+
+    monkeypatch.setattr(train, "next_batch", recorded)
+    begin(mini, tmp_path / "run", "--method", "diffusion", "--accumulate", "2", "--steps", "2")
+    resume(tmp_path / "run", "--steps", "3")
+    assert seen == list(range(3 * 2 * 2))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(number, mini, tmp_path, fast, monkeypatch, capsys):
     flags = ["--method", "diffusion", "--steps", "3", "--lr-schedule", "cosine"]
