@@ -265,6 +265,20 @@ def loss_of(args, m, x0, prompts: list[str], update: int, generator) -> tuple[to
     )  # fmt: skip
 
 
+def add_gradients(args, m, stream: Stream, cache, update: int, position: int) -> list[dict]:
+    """Add up the gradients of this process's passes; returns what each logs. `position`: where the images begin."""
+    logs = []
+    for part in distributed.share(args.accumulate):
+        generator = generator_of(args.seed, update, part)
+        stream.position = position + part * args.batch_size
+        with autocast(args):
+            x0, captions = next_batch(args, m, stream, cache, generator)
+            loss, log = loss_of(args, m, x0, captions, update, generator)
+        (loss / args.accumulate).backward()
+        logs.append(log)
+    return logs
+
+
 @torch.no_grad()
 def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, switch: int) -> torch.Tensor:
     """`count` images a prompt, seeds 0, 1, ..., the base model taking the first `switch` of 40 steps.
@@ -357,21 +371,13 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
     about = {"table": {}}
     if FIRST:
         about = begin(args, m, row, prompts, folder, progress["update"])
-    first_update, saved = progress["update"], time.time()
-    bar = tqdm(
-        range(first_update, args.steps), args.method, args.steps, initial=first_update, unit="update", disable=not FIRST
-    )
+    first, saved = progress["update"], time.time()
+    left = range(first, args.steps)
+    bar = tqdm(left, args.method, args.steps, initial=first, unit="update", disable=not FIRST)
     with cli.stopping() as signals:
         for update in bar:
-            began, logs = time.time(), []
-            for part in distributed.share(args.accumulate):
-                generator = generator_of(args.seed, update, part)
-                stream.position = progress["position"] + part * args.batch_size
-                with autocast(args):
-                    x0, captions = next_batch(args, m, stream, cache, generator)
-                    loss, log = loss_of(args, m, x0, captions, update, generator)
-                (loss / args.accumulate).backward()
-                logs.append(log)
+            began = time.time()
+            logs = add_gradients(args, m, stream, cache, update, progress["position"])
             distributed.add_up(p.grad for p in m.parameters)
             sums = [sum(log[key].item() for log in logs) for key in logs[0]]
             *sums, stop = distributed.total([*sums, len(signals)], args.device)
@@ -384,20 +390,21 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
             progress["update"], progress["position"] = update + 1, asked.stop
             progress["in_a_row"] = 0 if taken else progress["in_a_row"] + 1
             last = bool(stop) or update + 1 == args.steps
+            stuck = not taken and progress["in_a_row"] % SKIPS == 0
             if FIRST:
                 note(args, folder, update, values, progress, [] if taken else [stream.index(n) for n in asked])
                 bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
                 minutes = (time.time() - saved) / 60
                 due = (update + 1) % args.save_every == 0 or minutes >= (args.save_minutes or math.inf)
-                if last or due or progress["in_a_row"] == SKIPS:
+                if last or due or stuck:
                     save(args, folder, modules, optimizer, progress, last)
                     saved = time.time()
                 if args.sample_every and (update + 1 == args.steps or (update + 1) % args.sample_every == 0):
                     show(args, m, row, prompts, folder / "samples" / f"step-{update + 1:06d}.png")
-            if progress["in_a_row"] == SKIPS:
+            if stuck:
                 raise ValueError(
-                    f"{SKIPS} updates in a row had no finite loss and gradient; go on with a lower --lr, with "
-                    f"--max-grad-norm 1 or --dtype float32: --resume {folder} --override"
+                    f"{SKIPS} updates in a row had no finite loss and gradient; saved; try a lower --lr, "
+                    "--max-grad-norm 1 or --dtype float32, with --resume and --override"
                 )
             if stop:
                 if FIRST:
