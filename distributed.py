@@ -22,14 +22,22 @@ COUNT = int(os.environ.get("WORLD_SIZE", 1))
 PATIENCE = timedelta(hours=2)  # the others wait while the first one makes pictures; torchrun ends them when one dies
 
 
+def take_gpu() -> None:
+    """Make "cuda" mean this process's own GPU, before it is used. Raises ValueError where there are fewer."""
+    gpus, mine = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if COUNT == 1 or not gpus:
+        return
+    if mine >= gpus:
+        raise ValueError(f"process {RANK} of {COUNT}: there are only {gpus} GPUs here; --nproc-per-node {gpus}")
+    torch.cuda.set_device(mine)
+
+
 @contextmanager
 def group(device: str) -> Iterator[None]:
-    """Within: the processes that torchrun started know of each other, and each has its own GPU. One alone: nothing."""
+    """Within: the processes that torchrun started know of each other. Nothing happens where this is the only one."""
     if COUNT == 1:
         yield
         return
-    if device != "cpu":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=PATIENCE)
     yield
     dist.destroy_process_group()  # not after an error, when others may be gone: it would wait for them

@@ -334,6 +334,7 @@ def main(args) -> None:
     folder = read_run(args) if args.resume else None
     config = weights.read_config(args.base, "unet")
     row = settings.of(args.base, config)
+    distributed.take_gpu()
     resolve(args, row)
     if FIRST and not args.resume:
         folder = new_folder(args)

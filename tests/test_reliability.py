@@ -443,3 +443,11 @@ def test_passes_that_cannot_be_shared_are_refused(monkeypatch):
     distributed.check_passes(4, 8)
     monkeypatch.setattr(distributed, "RANK", 3)
     assert list(distributed.share(16)) == [3, 11]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "COUNT", 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ValueError, match="only 2 GPUs here; --nproc-per-node 2"):
+        distributed.take_gpu()
