@@ -5,6 +5,7 @@ A data set is a sequence of (image (3, H, W) in [-1, 1], caption) pairs; item i 
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -123,12 +124,29 @@ class Captions:
         return torch.empty(0), self.prompts[i]
 
 
+def check_unicode(texts: Iterable[str], where: str | Path) -> None:
+    """Raises ValueError for a text with half a character in it, which no tokenizer takes."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: not valid Unicode: {ascii(text)[:60]}") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file. Raises ValueError when it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a UTF-8 text file") from None
+
+
 def read_metadata(folder: Path) -> list[tuple[Path, str]]:
     """Rows of a folder's `metadata.jsonl`: an object with `file_name` and `text` a line."""
     path, rows = folder / "metadata.jsonl", []
     if not path.is_file():
         raise FileNotFoundError(f'{path}: not there; one line an image: {{"file_name": "a.png", "text": "a caption"}}')
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -143,6 +161,7 @@ def read_metadata(folder: Path) -> list[tuple[Path, str]]:
         rows.append((folder / name, text))
     if not rows:
         raise ValueError(f"{path}: empty, so there is nothing to train on")
+    check_unicode((text for _, text in rows), path)
     return rows
 
 
@@ -157,6 +176,7 @@ def read_coco(path: Path, images: Path | None = None) -> list[tuple[Path, str]]:
         raise ValueError(f"{path}: not a COCO captions file (images, annotations with image_id and caption)") from None
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder; the images of {path.name} are expected there")
+    check_unicode((text for _, text in rows), path)
     return rows
 
 
@@ -180,13 +200,11 @@ def read_prompts(path: str | Path) -> list[str]:
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"{path}: expected a list of strings, or of objects with a prompt")
     else:
-        try:
-            prompts = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not a UTF-8 text file") from None
+        prompts = read_lines(path)
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError(f"{path}: holds no prompt; write one a line")
+    check_unicode(prompts, path)
     return prompts
 
 
@@ -212,30 +230,39 @@ def _order(length: int, seed: int, epoch: int) -> list[int]:
 class Stream:
     """Batches of a data set in a shuffled order that depends on the seed alone; `position` is all its state.
 
-    A picture that does not decode is named once, left out, and counted in `left_out`.
+    A picture that does not decode is named once and counted in `left_out`; the one after it takes its place, so that
+    what stands at a position never depends on what was read before.
     """
 
     def __init__(self, data, seed: int, position: int = 0):
         self.data, self.seed, self.position, self.left_out = data, seed, position, set()
 
+    def index(self, n: int) -> int:
+        """The index of what stands at position n."""
+        epoch, place = divmod(n, len(self.data))
+        return _order(len(self.data), self.seed, epoch)[place]
+
     def indices(self, count: int) -> list[int]:
         """The next `count` indices, without reading the images."""
-        length, start = len(self.data), self.position
-        self.position += count
-        return [_order(length, self.seed, n // length)[n % length] for n in range(start, self.position)]
+        start, self.position = self.position, self.position + count
+        return [self.index(n) for n in range(start, self.position)]
 
-    def batch(self, count: int) -> tuple[Tensor, list[str]]:
-        """The next images (count, 3, H, W) and their captions. Raises ValueError when no image at all decodes."""
-        rows = []
-        while len(rows) < count:
-            (i,) = self.indices(1)
+    def read(self, n: int) -> tuple[Tensor, str]:
+        """The picture at position n and its caption. Raises ValueError when no image at all decodes."""
+        while True:
+            i = self.index(n)
             try:
-                rows.append(self.data[i])
+                return self.data[i]
             except (OSError, Image.DecompressionBombError):
                 if i not in self.left_out:
                     print(f"left out, does not decode: {self.data.rows[i][0]}", file=sys.stderr)
                 self.left_out.add(i)
                 if len(self.left_out) == len(self.data):
                     raise ValueError(f"none of the {len(self.data)} images decodes") from None
-        images, captions = zip(*rows, strict=True)
+            n += 1
+
+    def batch(self, count: int) -> tuple[Tensor, list[str]]:
+        """The next images (count, 3, H, W) and their captions."""
+        start, self.position = self.position, self.position + count
+        images, captions = zip(*(self.read(n) for n in range(start, self.position)), strict=True)
         return torch.stack(images), list(captions)

@@ -10,10 +10,10 @@ only what is missing.
 import argparse
 
 import settings
-from cli import Parser, positive, run
+from cli import Parser, number, positive, run
 
 
-def numbers(text: str) -> tuple[str, list[float]]:
+def swept(text: str) -> tuple[str, list[float]]:
     """`switch=0,10,30` or `aig=1,2` -> its name and values."""
     name, _, values = text.partition("=")
     try:
@@ -30,13 +30,20 @@ def parse_args(argv=None):
     add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
     add("--checkpoint", action="append", default=[], metavar="[METHOD=]PATH",
         help="tuned model, again for more; METHOD, refl or imagerefl, where no run.json says it")  # fmt: skip
-    add("--sweep", action="append", default=[], type=numbers, metavar="NAME=V,V",
+    add("--sweep", action="append", default=[], type=swept, metavar="NAME=V,V",
         help="curves beside the table: switch=0,5,10,20,30 of all, aig=1,2,4 of ReFL models")  # fmt: skip
-    add("--aig-guidance", type=float, default=1.0, help="of the base model in AIG (default: 1, none, as in the paper)")
+    add(
+        "--aig-guidance",
+        type=number(float, 0),
+        default=1.0,
+        help="of the base model in AIG (default: 1, none, as in the paper)",
+    )
     add("--prompts", help="text file, HPDv2 test.json or benchmark file, COCO captions (default: the base's own)")
     add("--limit", type=positive, help="take only the first so many prompts")
     add("--images-per-prompt", type=positive, default=5)
-    add("--seed", type=int, default=1, help="of the first image of each prompt; the next have the next seeds")
+    add(
+        "--seed", type=number(int, 0), default=1, help="of the first image of each prompt; the next have the next seeds"
+    )
     add("--rewards", help="names joined by commas (default: tiny,tiny2, or hpsv2.1)")
     add("--reward-weights", help="files or folders of the rewards, in their order, joined by commas")
     add("--dino", help="folder of DINO ViT-S/16 or DINOv2, for the diversity; the tiny base has its own features")
@@ -44,7 +51,7 @@ def parse_args(argv=None):
     add("--reference", help="real images for these three: a folder with metadata.jsonl, or COCO captions")
     add("--reading", default="ours", help="of CovDist and LogCovDist, a name in metrics.py:READINGS (default: ours)")
     add("--steps", type=positive, default=40)
-    add("--guidance", type=float, help="of the base model (default: 7.5, SDXL 5.0, tiny 2.0)")
+    add("--guidance", type=number(float, 0), help="of the base model (default: 7.5, SDXL 5.0, tiny 2.0)")
     add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
     add("--batch-size", type=positive, help="images at a time (default: 8, tiny 64)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where the processor has it")
@@ -72,6 +79,7 @@ from safetensors import safe_open  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import cli  # noqa: E402
 import files  # noqa: E402
 import metrics  # noqa: E402
 import report  # noqa: E402
@@ -125,7 +133,7 @@ def method_of(checkpoint: str) -> tuple[str, str]:
     method, _, path = checkpoint.rpartition("=")
     about = Path(path) / "run.json"
     if about.is_file():
-        method = method or json.loads(about.read_text())["args"]["method"]
+        method = method or files.read_json(about).get("args", {}).get("method")
     elif not method and weights.own_base(path):
         method = "imagerefl"  # the authors' published folders
     if method not in NAMES:
@@ -324,15 +332,19 @@ def titles(args, row: settings.Settings, keys: Iterable[str]) -> list[dict]:
 
 
 def resolve(args, row: settings.Settings) -> list[str]:
-    """Fill in what was not given; returns the prompts."""
+    """Fill in what was not given; returns the prompts. Raises ValueError for what cannot be."""
     args.rewards = args.rewards or ("tiny,tiny2" if row is settings.TINY else row.reward)
     args.guidance = row.guidance if args.guidance is None else args.guidance
     args.resolution = args.resolution or row.resolution
     args.batch_size = args.batch_size or (64 if row is settings.TINY else 8)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = cli.device(args.device)
+    cli.check_writable(Path(args.output_dir))
     if args.dtype is None:
         fast = args.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         args.dtype = "bfloat16" if fast else "float32"
+    levels = [len(weights.read_config(args.base, part)["block_out_channels"]) for part in ("unet", "vae")]
+    if args.resolution % (multiple := 2 ** (sum(levels) - 2)):
+        raise ValueError(f"--resolution {args.resolution}: must be a multiple of {multiple}")
     if args.reading not in metrics.READINGS:
         raise ValueError(f"--reading {args.reading}: there are {', '.join(metrics.READINGS)}")
     if args.prompts is None:

@@ -1,6 +1,5 @@
 """Pictures and tensors: images (B, 3, H, W) in [-1, 1] <-> PIL, labelled grids, PNGs that say how they were made."""
 
-import os
 import textwrap
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+import state
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -38,14 +39,11 @@ def preprocess(images: Tensor, size: int, mean: tuple, std: tuple) -> Tensor:
 
 def save_png(picture: Image.Image, path: str | Path, parameters: str | None = None) -> None:
     """Write a PNG under a temporary name and rename it. `parameters`: how it was made, in A1111's form."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     if parameters:
         info.add_itxt("parameters", parameters)
-    temporary = path.with_name(path.name + ".tmp")
-    picture.save(temporary, "png", pnginfo=info)
-    os.replace(temporary, path)
+    with state.replacing(Path(path)) as temporary:
+        picture.save(temporary, "png", pnginfo=info)
 
 
 def label(text: str, width: int, size: int = 13) -> Image.Image:

@@ -15,6 +15,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import cli
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -314,7 +316,7 @@ def convert_mps(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rewards.py", description="Score pictures with reward models.")
+    parser = cli.Parser("Score pictures with reward models.", prog="rewards.py")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("score", help="print a table of scores")
@@ -331,10 +333,10 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("input", help="MPS_overall_checkpoint.pth")
     command.add_argument("output", help="the .safetensors file to write")
 
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     try:
         args.run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"rewards.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -6,11 +6,11 @@ With no `--checkpoint` the newest run under `runs/` is used, else the tuned mode
 one PNG an image, with its settings inside, and a labelled grid.
 """
 
-import json
 from pathlib import Path
 
+import cli
 import settings
-from cli import Parser, positive, run
+from cli import Parser, number, positive, run
 
 
 def parse_args(argv=None):
@@ -21,12 +21,26 @@ def parse_args(argv=None):
     add("--base", help="tiny, sd15, sdxl, or a folder, file or hub id (default: the checkpoint's base, else tiny)")
     add("--checkpoint", help="tuned model: a run's folder, a UNet's, an adapter's file, or a published hub id")
     add("--switch", type=int, help="steps that the base model takes; 0: the tuned one alone (default: the paper's)")
-    add("--aig", type=float, metavar="P", help="instead of a switch: AIG, tuned weight (i / T)^P, and no guidance")
+    add(
+        "--aig",
+        type=number(float, 0),
+        metavar="P",
+        help="instead of a switch: AIG, tuned weight (i / T)^P, and no guidance",
+    )
     add("--steps", type=positive, default=40)
-    add("--guidance", type=float, help="of the base model (default: 7.5, SDXL 5.0, tiny 2.0); the tuned one has none")
+    add(
+        "--guidance",
+        type=number(float, 0),
+        help="of the base model (default: 7.5, SDXL 5.0, tiny 2.0); the tuned one has none",
+    )
     add("--eta", type=float, default=1.0, help="0: DDIM, 1: DDPM (default: 1, as in the paper)")
     add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
-    add("--seed", type=int, default=1, help="of the first image of each prompt; the next have the next seeds")
+    add(
+        "--seed",
+        type=number(int, 0, 2**62),
+        default=1,
+        help="of the first image of each prompt; the next have the next seeds",
+    )
     add("--images-per-prompt", type=positive, default=4)
     add("--batch-size", type=positive, help="images at a time (default: 8, tiny 32)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
@@ -40,9 +54,10 @@ ARGS = parse_args() if __name__ == "__main__" else None  # before the slow impor
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import files  # noqa: E402
 import weights  # noqa: E402
 from combined import aig_weights, generate, switch_weights  # noqa: E402
-from data import read_prompts  # noqa: E402
+from data import check_unicode, read_prompts  # noqa: E402
 from pictures import grid, save_png, to_pictures  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 
@@ -67,7 +82,7 @@ def choose(args) -> dict:
             f"checkpoint: {args.checkpoint} ({'the newest run' if newest else 'the one that ships with the tiny base'})"
         )
     about = Path(args.checkpoint) / "run.json"
-    known = json.loads(about.read_text())["args"] if about.is_file() else {}
+    known = files.read_json(about).get("args", {}) if about.is_file() else {}
     args.base = args.base or known.get("base") or weights.own_base(args.checkpoint) or "tiny"
     return known
 
@@ -80,11 +95,13 @@ def main(args) -> None:
         args.switch = round(row.switch.get(known.get("method"), row.start) * args.steps / 40)
     if args.guidance is None:
         args.guidance = row.guidance if args.aig is None else 1.0  # the paper's AIG guides neither model
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = cli.device(args.device)
     resolution = args.resolution or row.resolution
     batch = args.batch_size or (32 if row is settings.TINY else 8)
     if args.prompt and args.prompts:
         raise ValueError("--prompt and --prompts: give one of the two")
+    check_unicode(args.prompt or [], "--prompt")
+    cli.check_writable(Path(args.output_dir))
     prompts = args.prompt or (read_prompts(args.prompts) if args.prompts else list(row.prompts))
     scheduler = Scheduler(args.steps, args.eta)
     if args.aig is not None:

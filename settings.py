@@ -101,5 +101,12 @@ def of(base: str, config: dict | None = None) -> Settings:
 
 def newest_run(folder: Path) -> Path | None:
     """The run folder under `folder` that was finished last, if there is one."""
-    finished = [path for path in folder.glob("*/run.json") if json.loads(path.read_text()).get("finished")]
+
+    def is_finished(path: Path) -> bool:
+        try:
+            return bool(json.loads(path.read_text()).get("finished"))
+        except (ValueError, AttributeError):
+            return False  # damaged
+
+    finished = [path for path in folder.glob("*/run.json") if is_finished(path)]
     return max(finished, key=lambda path: path.stat().st_mtime).parent if finished else None

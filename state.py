@@ -1,41 +1,104 @@
 """The state of a training run on disk: safetensors with a JSON header, never a pickle, never half-written.
 
-A state holds the trainable weights, the optimizer's moments and a small dictionary (step, seed, settings).
+A state holds the trainable weights, the optimizer's moments and a small dictionary, with a checksum over all of it. A
+run's folder keeps the last few; whoever writes there holds its lock.
 """
 
+import errno
+import hashlib
 import json
 import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
-def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file under a temporary name, flush it, and rename it into place."""
-    path = Path(path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`: flushed and renamed to it in the end, removed when anything fails.
+
+    An OSError within, such as that of a full disk, names the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, metadata)
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.umask(mask := os.umask(0o022))
-        os.chmod(temporary, 0o666 & ~mask)  # as any new file; the library makes it private
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # so that the new name, too, outlives a power cut
+        os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises OSError with the file and the space that it needs where the disk is too full."""
+    with replacing(Path(path)) as temporary:
+        needed, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(temporary.parent).free
+        room = f"{needed / 1e9:.3f} GB needed, {free / 1e9:.3f} GB free; make room"
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"the disk is full: {room}", str(path))
+        try:
+            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"not written ({error}): {room}", str(path)) from None
+        os.umask(mask := os.umask(0o022))
+        os.chmod(temporary, 0o666 & ~mask)  # as any new file; the library makes it private
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write a text file."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(text)
+
+
+def append(path: Path, line: str) -> None:
+    """Append a line to a file. Raises OSError that names the file, also where the disk is full."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process. The lock vanishes with the process, however it ends.
+
+    Raises ValueError when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process trains there; wait for it, or name another folder") from None
+        except (ImportError, OSError):
+            pass  # Windows, and some network file systems, have no such locks
+        yield
+
+
+def checksum(tensors: dict[str, Tensor], info: str) -> str:
+    """SHA-256 over the names, types, shapes and bytes of tensors on the CPU, and `info`."""
+    digest = hashlib.sha256(info.encode())
+    for key in sorted(tensors):
+        t = tensors[key].detach().contiguous()
+        digest.update(f"{key} {t.dtype} {list(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save(path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, info: dict) -> None:
@@ -43,14 +106,40 @@ def save(path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim
     tensors = {f"{name}.{k}": t for name, module in modules.items() for k, t in module.state_dict().items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": t for k, t in moments.items()}
-    write(path, {k: t.cpu().clone() for k, t in tensors.items()}, {"info": json.dumps(info)})
+    tensors, text = {k: t.cpu() for k, t in tensors.items()}, json.dumps(info)
+    write(path, tensors, {"info": text, "sha256": checksum(tensors, text)})
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a state, and its `info`. Raises ValueError when they are not what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+    if checksum(tensors, header.get("info", "")) != header.get("sha256"):
+        raise ValueError(f"{path}: damaged (its checksum differs)")
+    return tensors, json.loads(header["info"])
 
 
 def load(path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict:
-    """Load what `save` wrote into the same modules and optimizer; returns its `info`."""
-    with safe_open(path, framework="pt") as file:
-        info = json.loads(file.metadata()["info"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    """Load what `save` wrote into the same modules and optimizer; returns its `info`.
+
+    Raises ValueError, with nothing loaded, when the file is damaged or was saved from other modules.
+    """
+    tensors, info = read(path)
+    restore(path, tensors, modules, optimizer)
+    return info
+
+
+def restore(path: str | Path, tensors: dict[str, Tensor], modules: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Copy the tensors of a state into modules and optimizer. Raises ValueError when they fit no such modules."""
+    for name, module in modules.items():
+        for key, t in module.state_dict().items():
+            other = tensors.get(f"{name}.{key}")
+            if other is None or other.shape != t.shape:
+                raise ValueError(f"{path}: saved from other networks: no {name}.{key} of shape {tuple(t.shape)} in it")
     for name, module in modules.items():
         module.load_state_dict({k: tensors[f"{name}.{k}"] for k in module.state_dict()})
     moments: dict[int, dict[str, Tensor]] = {}
@@ -58,4 +147,55 @@ def load(path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim
         _, i, name = key.split(".")
         moments.setdefault(int(i), {})[name] = tensors[key]
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return info
+
+
+def states(folder: Path) -> dict[int, Path]:
+    """The states in a folder by their update, oldest first."""
+    return dict(sorted((int(path.stem.split("-")[1]), path) for path in folder.glob("step-*.safetensors")))
+
+
+def save_newest(folder: Path, modules: dict, optimizer: torch.optim.Optimizer, info: dict, keep: int) -> None:
+    """Save the state after `info["update"]`, and remove all but the last `keep`, and any of later updates."""
+    save(folder / f"step-{info['update']:06d}.safetensors", modules, optimizer, info)
+    found = states(folder)
+    kept = [update for update in found if update <= info["update"]][-keep:]
+    for update in found.keys() - kept:
+        found[update].unlink()
+
+
+def load_newest(folder: Path, modules: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """Load the newest state that is not damaged, saying which ones are; returns its `info`, or {} where none was saved.
+
+    Raises ValueError when every one is damaged.
+    """
+    found = states(folder)
+    for path in reversed(found.values()):
+        try:
+            tensors, info = read(path)
+        except ValueError as error:
+            print(f"{error}; taking the one before", file=sys.stderr)
+            continue
+        restore(path, tensors, modules, optimizer)
+        return info
+    if found:
+        raise ValueError(f"{folder}: all {len(found)} states are damaged; remove them to start at the first update")
+    return {}
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half written there: our `NAME.tmp`, safetensors' own `.tmpABCDEF`."""
+    for path in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):
+        path.unlink()
+
+
+def cut_log(path: Path, update: int) -> None:
+    """Leave in a log, a JSON object a line, the updates up to this one: what followed was lost and comes again."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["update"] > update:
+                break
+        except ValueError:
+            break  # half a line: the process died while it wrote
+        kept.append(line + "\n")
+    write_text(path, "".join(kept))

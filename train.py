@@ -3,11 +3,13 @@
     python train.py --method imagerefl --base tiny
 
 fine-tunes the embedded tiny Stable Diffusion on two CPU cores in minutes; `--base sd15 --data FOLDER` is the paper's
-run. A run's folder holds the tuned `unet/`, `log.jsonl`, grids of fixed prompts, and what `--resume` needs.
+run, `torchrun --nproc-per-node N train.py ...` spreads it over N GPUs. A run's folder holds the tuned `unet/`,
+`log.jsonl`, grids of fixed prompts, and what `--resume` needs.
 """
 
+import cli
 import settings
-from cli import Parser, positive, run
+from cli import Parser, number, positive, run
 
 
 def parse_args(argv=None):
@@ -22,39 +24,52 @@ def parse_args(argv=None):
     add("--data", help="folder with images and metadata.jsonl, or COCO captions_*.json; for refl also a prompt file")
     add("--steps", type=positive, help="updates; default: the paper's, 150 for the tiny base")
     add("--batch-size", type=positive, help="images in one pass (default: 8 SD1.5, 4 SDXL, 16 tiny)")
-    add("--accumulate", type=positive, help="passes an update (default: 4, 1 for the tiny base)")
-    add("--lr", type=float, help="of AdamW (default: 3e-4, 4.5e-5 for the tiny base)")
+    add("--accumulate", type=positive, help="passes an update, shared by the processes (default: 4, tiny 1)")
+    add("--lr", type=number(float, 0), help="of AdamW (default: 3e-4, 4.5e-5 for the tiny base)")
     add(
         "--lr-schedule", choices=("constant", "cosine"), default="constant", help="cosine: down to 0 at the last update"
     )
-    add("--warmup", type=int, default=0, help="updates over which the rate rises from 0")
-    add("--weight-decay", type=float, default=0.01)
-    add("--reward-scale", type=float, default=1e-3, help="factor of the reward, which is about 0 to 1")
-    add("--diffusion-scale", type=float, default=1e-5, help="factor of ImageReFL's diffusion loss")
-    add("--shift", type=int, help="the reward sees images moved by up to so many pixels (default: 0, tiny 8)")
-    add("--max-grad-norm", type=float, help="clip the gradient to this norm (default: no clipping, as in the paper)")
+    add("--warmup", type=number(int, 0), default=0, help="updates over which the rate rises from 0")
+    add("--weight-decay", type=number(float, 0), default=0.01)
+    add("--reward-scale", type=number(float, 0), default=1e-3, help="factor of the reward, which is about 0 to 1")
+    add("--diffusion-scale", type=number(float, 0), default=1e-5, help="factor of ImageReFL's diffusion loss")
+    add(
+        "--shift", type=number(int, 0), help="the reward sees images moved by up to so many pixels (default: 0, tiny 8)"
+    )
+    add(
+        "--max-grad-norm",
+        type=number(float, 0),
+        help="clip the gradient to this norm (default: no clipping, as in the paper)",
+    )
     add("--start", type=int, help="of 40 steps, the index of t' (default: 30, SDXL 35)")
     add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
     add("--lora", type=positive, metavar="RANK", help="train low-rank adapters instead of the whole UNet")
     add("--init", choices=("base", "random"), default="base", help="random: start a UNet of the base's sizes afresh")
-    add("--snr-gamma", type=float, help="with diffusion: min-SNR weighting")
-    add("--caption-dropout", type=float, default=0.1, help="with diffusion: share of captions left out")
-    add("--ema", type=float, help="with diffusion: save an exponential average of the weights, e.g. 0.999")
+    add("--snr-gamma", type=number(float, 0), help="with diffusion: min-SNR weighting")
+    add("--caption-dropout", type=number(float, 0, 1), default=0.1, help="with diffusion: share of captions left out")
+    add(
+        "--ema", type=number(float, 0, 1), help="with diffusion: save an exponential average of the weights, e.g. 0.999"
+    )
     add("--cache-latents", action="store_true", help="encode every image once, before the first update")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
     add("--compile", action="store_true", help="torch.compile the networks; refused where that changes gradients")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (default: bfloat16 where the processor has it)")
-    add("--seed", type=int, default=1)
-    add("--sample-every", type=int, default=50, help="updates between grids of fixed prompts; 0: none")
+    add("--seed", type=number(int, 0), default=1)
+    add("--sample-every", type=number(int, 0), default=50, help="updates between grids of fixed prompts; 0: none")
     add("--monitor", type=positive, metavar="N", help="every N updates: has the reward risen and all else fallen?")
     add("--stop-on-collapse", action="store_true", help="with --monitor: end the run when that is so")
     add("--dino", help="with --monitor: folder of DINO ViT-S/16, for the diversity; the tiny base has its own features")
     add("--save-every", type=positive, default=200, help="updates between states that --resume can take up")
+    add("--save-minutes", type=number(float, 0), help="minutes after which a state is saved in any case")
+    add("--keep", type=positive, default=2, help="states that are kept (default: 2)")
     add("--prompts", help="file of prompts for the grids and the final table (default: the base's own)")
     add("--output-dir", help="default: runs/METHOD-BASE, with a number where that is taken")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with the flags that it was started with")
-    return parser.parse(argv)
+    add("--override", action="store_true", help="with --resume: take this call's flags though they change the result")
+    args = parser.parse(argv)
+    args.given = parser.given(argv)
+    return args
 
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
@@ -62,15 +77,16 @@ ARGS = parse_args() if __name__ == "__main__" else None  # before the slow impor
 import copy  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
-import signal  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import distributed  # noqa: E402
 import lora  # noqa: E402
 import metrics  # noqa: E402
 import monitor  # noqa: E402
@@ -87,8 +103,18 @@ from scheduler import Scheduler  # noqa: E402
 from unet import UNet, UNetConfig, initialise  # noqa: E402
 
 SCHEDULER = Scheduler(40, eta=1.0)
-STATE = "state.safetensors"
 ADAM_EPS = 1e-15  # the loss is scaled by 1e-3 and less, so that Adam's usual 1e-8 would throttle the update
+SKIPS = 10  # updates in a row without a finite loss and gradient, after which a run stops
+HARMLESS = {
+    "resume",
+    "override",
+    "sample_every",
+    "monitor",
+    "save_every",
+    "save_minutes",
+    "keep",
+}  # no number changes with these
+FIRST = distributed.RANK == 0  # this process alone writes
 
 
 def resolve(args, row: settings.Settings) -> None:
@@ -101,7 +127,7 @@ def resolve(args, row: settings.Settings) -> None:
     args.start = row.start if args.start is None else args.start
     args.resolution = args.resolution or row.resolution
     args.shift = row.shift if args.shift is None else args.shift
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = cli.device(args.device)
     if args.judge is None and args.reward == "tiny":
         args.judge = "tiny2"
     if args.dtype is None:
@@ -126,6 +152,7 @@ def resolve(args, row: settings.Settings) -> None:
         raise ValueError(f"--{'dino' if args.dino else 'stop-on-collapse'} goes with --monitor N")
     if args.cache_latents and args.method == "refl":
         raise ValueError("--cache-latents: ReFL uses no images, so there are no latents to keep")
+    distributed.check_passes(args.batch_size, args.accumulate)
 
 
 def new_folder(args) -> Path:
@@ -141,8 +168,8 @@ def new_folder(args) -> Path:
 def generator_of(*numbers: int) -> torch.Generator:
     """A generator for one purpose, from a few numbers: what it draws never depends on what was drawn before."""
     seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % 2**63
+    for n in numbers:
+        seed = (seed * 1_000_003 + n + 1) % 2**63
     return torch.Generator().manual_seed(seed)
 
 
@@ -155,7 +182,7 @@ def rate(args, update: int) -> float:
 
 def autocast(args):
     """bf16 where it was asked for. Weights that train stay float32."""
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
@@ -261,6 +288,20 @@ def loss_of(args, m, x0, prompts: list[str], update: int, generator) -> tuple[to
     )  # fmt: skip
 
 
+def add_gradients(args, m, stream: Stream, cache, update: int, position: int) -> list[dict]:
+    """Add up the gradients of this process's passes; returns what each logs. `position`: where the images begin."""
+    logs = []
+    for part in distributed.share(args.accumulate):
+        generator = generator_of(args.seed, update, part)
+        stream.position = position + part * args.batch_size
+        with autocast(args):
+            x0, captions = next_batch(args, m, stream, cache, generator)
+            loss, log = loss_of(args, m, x0, captions, update, generator)
+        (loss / args.accumulate).backward()
+        logs.append(log)
+    return logs
+
+
 @torch.no_grad()
 def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, switch: int) -> torch.Tensor:
     """`count` images a prompt, seeds 0, 1, ..., the base model taking the first `switch` of 40 steps.
@@ -294,111 +335,202 @@ def show(args, m, row: settings.Settings, prompts: list[str], path: Path) -> Non
     save_png(grid(rows, shown, heads), path)
 
 
-def update_weights(args, m, optimizer, update: int) -> float:
-    """One optimizer step, unless the gradient is not finite; returns the gradient's norm."""
+def update_weights(args, m, optimizer, update: int, values: dict[str, float]) -> bool:
+    """One optimizer step, unless the gradient or a logged value is not finite: returns whether it was taken.
+
+    The gradient's norm is added to `values`.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate(args, update)
-    norm = torch.nn.utils.clip_grad_norm_(m.parameters, args.max_grad_norm or math.inf)
-    if torch.isfinite(norm):
+    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(m.parameters, args.max_grad_norm or math.inf).item()
+    taken = all(map(math.isfinite, values.values()))
+    if taken:
         optimizer.step()
+        if m.ema:
+            decay = min(args.ema, (update + 1) / (update + 10))  # shorter at first, to forget the start
+            torch._foreach_lerp_(list(m.ema.parameters()), m.parameters, 1 - decay)
     optimizer.zero_grad(set_to_none=True)
-    if m.ema:
-        decay = min(args.ema, (update + 1) / (update + 10))  # shorter at first, to forget the start
-        torch._foreach_lerp_(list(m.ema.parameters()), m.parameters, 1 - decay)
-    return norm.item()
+    return taken
 
 
 def main(args) -> None:
-    if args.resume:
-        folder = read_run(args)
+    folder = read_run(args) if args.resume else None
     config = weights.read_config(args.base, "unet")
     row = settings.of(args.base, config)
-    if not args.resume:
-        resolve(args, row)
+    distributed.take_gpu()
+    resolve(args, row)
+    if FIRST and not args.resume:
         folder = new_folder(args)
-    tunes = args.method != "diffusion"
+        cli.check_writable(folder)
     prompts = read_prompts(args.prompts) if args.prompts else list(row.prompts)
     data = open_data(args.data, args.resolution)
     if isinstance(data, Captions) and args.method != "refl":
         raise ValueError(f"--data {args.data}: {args.method} needs images, and these are prompts alone")
     if isinstance(data, Pictures) and args.method == "refl":
         data = Captions([caption for _, caption in data.rows])  # no picture needs to be read
-    m = load_models(args, row, config)
-    check_size(args, m)
-    optimizer = torch.optim.AdamW(m.parameters, args.lr, weight_decay=args.weight_decay, eps=ADAM_EPS)
-    modules = {"unet": m.unet} | ({"ema": m.ema} if m.ema else {})
-    info = {"update": 0, "position": 0}
-    if args.resume and (folder / STATE).exists():
-        info = state.load(folder / STATE, modules, optimizer)
-        print(f"going on after update {info['update']} of {folder}")
-    stream = Stream(data, args.seed, info["position"])
-    cache = encode_all(args, m.vae, data) if args.cache_latents else None
-    about = json.loads((folder / "run.json").read_text()) if args.resume else {"args": vars(args)}
-    state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    try:
+        with distributed.group(args.device):
+            m = load_models(args, row, config)
+            check_size(args, m)
+            with state.lock(folder) if FIRST else nullcontext():
+                if FIRST and not args.resume and new_folder(args) != folder:
+                    raise ValueError(f"{folder}: another process has trained there meanwhile; start again")
+                train(args, m, row, prompts, data, folder)
+    except (RuntimeError, MemoryError) as error:
+        if not cli.is_out_of_memory(error):
+            raise
+        raise ValueError(memory_advice(args, error)) from None
 
-    if tunes and "base" not in about.setdefault("table", {}):
-        about["table"]["base"] = measure(images_of(args, m, row, prompts, 4, 40), prompts, m)
-    if args.sample_every and not info["update"]:
-        show(args, m, row, prompts, folder / "samples" / "step-000000.png")
-    if args.monitor and "monitor" not in about:
-        look(args, m, row, prompts, about)
-    stopped, failures, collapsed = [], 0, False
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stopped else stopped.append(True))
-    bar = tqdm(range(info["update"], args.steps), args.method, args.steps, initial=info["update"], unit="update")
-    with open(folder / "log.jsonl", "a") as log_file:
+
+def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Path | None) -> None:
+    """All updates that are left, then the result; `folder` is the run's, None where another process writes it."""
+    optimizer = torch.optim.AdamW(m.parameters, args.lr, weight_decay=args.weight_decay, eps=ADAM_EPS)
+    modules = {"unet": torch.nn.ParameterList(m.parameters) if args.lora else m.unet}
+    modules |= {"ema": m.ema} if m.ema else {}
+    progress = {"update": 0, "position": 0, "skipped": 0, "in_a_row": 0}
+    if args.resume:
+        progress |= state.load_newest(Path(args.resume) / "states", modules, optimizer)
+    stream = Stream(data, args.seed)
+    cache = encode_all(args, m.vae, data) if args.cache_latents else None
+    about = {"table": {}}
+    if FIRST:
+        about = begin(args, m, row, prompts, folder, progress["update"])
+    first, saved = progress["update"], time.time()
+    left = range(first, args.steps)
+    bar = tqdm(left, args.method, args.steps, initial=first, unit="update", disable=not FIRST)
+    with cli.stopping() as signals:
         for update in bar:
-            began, logs = time.time(), []
-            for part in range(args.accumulate):
-                generator = generator_of(args.seed, update, part)
-                with autocast(args):
-                    x0, captions = next_batch(args, m, stream, cache, generator)
-                    loss, log = loss_of(args, m, x0, captions, update, generator)
-                (loss / args.accumulate).backward()
-                logs.append(log)
-            values = {key: sum(log[key].item() for log in logs) / len(logs) for key in logs[0]}
-            values["grad_norm"] = update_weights(args, m, optimizer, update)
+            began = time.time()
+            logs = add_gradients(args, m, stream, cache, update, progress["position"])
+            distributed.add_up(p.grad for p in m.parameters)
+            sums = [sum(log[key].item() for log in logs) for key in logs[0]]
+            *sums, stop = distributed.total([*sums, len(signals)], args.device)
+            values = {key: value / args.accumulate for key, value in zip(logs[0], sums, strict=True)}
+            taken = update_weights(args, m, optimizer, update, values)
             values["seconds"] = round(time.time() - began, 4)
-            failures = 0 if math.isfinite(values["grad_norm"]) else failures + 1
-            if failures:
-                tqdm.write(f"update {update + 1}: the gradient is not finite; skipped", file=sys.stderr)
-            if failures == 10:
-                raise ValueError("10 updates in a row had no finite gradient; try a lower --lr or --dtype float32")
             if args.device != "cpu":
                 values["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            asked = range(progress["position"], progress["position"] + args.batch_size * args.accumulate)
+            progress["update"], progress["position"] = update + 1, asked.stop
+            progress["in_a_row"] = 0 if taken else progress["in_a_row"] + 1
+            collapsed = False
             if args.monitor and (update + 1) % args.monitor == 0:
-                seen, warning = look(args, m, row, prompts, about)
-                values |= seen
-                if warning:
-                    tqdm.write(f"update {update + 1}: the reward rises and all else falls: {warning}", file=sys.stderr)
-                    collapsed = args.stop_on_collapse
-            kind = "refl" if args.method == "imagerefl" and is_refl_update(update) else args.method
-            log_file.write(json.dumps({"update": update + 1, "kind": kind, "lr": rate(args, update)} | values) + "\n")
-            log_file.flush()
-            bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
-            last = bool(stopped) or collapsed or update + 1 == args.steps
-            if last or (update + 1) % args.save_every == 0:
-                info = {"update": update + 1, "position": stream.position}
-                state.save(folder / STATE, modules, optimizer, info)
-                state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
-            if args.sample_every and (last or (update + 1) % args.sample_every == 0):
-                show(args, m, row, prompts, folder / "samples" / f"step-{update + 1:06d}.png")
-            if stopped:
-                print(f"\nstopped after update {update + 1}; go on with: python train.py --resume {folder}")
+                warned = FIRST and look(args, m, row, prompts, about, update, values)
+                collapsed = distributed.total([warned and args.stop_on_collapse], args.device) == [1]
+            last = bool(stop) or collapsed or update + 1 == args.steps
+            stuck = not taken and progress["in_a_row"] % SKIPS == 0
+            if FIRST:
+                note(args, folder, update, values, progress, [] if taken else [stream.index(n) for n in asked])
+                bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
+                minutes = (time.time() - saved) / 60
+                due = (update + 1) % args.save_every == 0 or minutes >= (args.save_minutes or math.inf)
+                if last or due or stuck:
+                    save(args, folder, modules, optimizer, progress, last)
+                    saved = time.time()
+                if args.sample_every and ((last and not stop) or (update + 1) % args.sample_every == 0):
+                    show(args, m, row, prompts, folder / "samples" / f"step-{update + 1:06d}.png")
+            if stuck:
+                raise ValueError(
+                    f"{SKIPS} updates in a row had no finite loss and gradient; saved; try a lower --lr, "
+                    "--max-grad-norm 1 or --dtype float32, with --resume and --override"
+                )
+            if stop:
+                if FIRST:
+                    print(f"\nstopped after update {update + 1}; go on with: python train.py --resume {folder}")
                 return
             if collapsed:
-                print(f"\nended after update {update + 1} by --stop-on-collapse")
+                if FIRST:
+                    print(f"\nended after update {update + 1} by --stop-on-collapse")
                 break
     if stream.left_out:
         print(f"{len(stream.left_out)} images did not decode and were left out")
-    finish(args, m, row, prompts, folder, about)
+    if FIRST:
+        finish(args, m, row, prompts, folder, about)
+
+
+def begin(args, m, row: settings.Settings, prompts: list[str], folder: Path, update: int) -> dict:
+    """Write what the run is, and how its base does, unless it goes on; returns the content of its `run.json`."""
+    about = json.loads((folder / "run.json").read_text()) if args.resume else {"table": {}}
+    about["args"] = {k: v for k, v in vars(args).items() if k not in ("resume", "override", "given")}
+    about.pop("finished", None)
+    if args.resume:
+        for name in ("states", "unet"):
+            state.sweep(folder / name)
+        state.cut_log(folder / "log.jsonl", update)
+        print(f"going on after update {update} of {folder}")
+    state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    if args.method != "diffusion" and "base" not in about["table"]:
+        about["table"]["base"] = measure(images_of(args, m, row, prompts, 4, 40), prompts, m)
+    if args.monitor and "monitor" not in about:
+        look(args, m, row, prompts, about, update, {})
+    state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    if args.sample_every and not update:
+        show(args, m, row, prompts, folder / "samples" / "step-000000.png")
+    return about
+
+
+def note(args, folder: Path, update: int, values: dict[str, float], progress: dict, skipped: list[int]) -> None:
+    """Add an update to `log.jsonl`. `skipped`: the indices of its prompts where no step was taken."""
+    kind = "refl" if args.method == "imagerefl" and is_refl_update(update) else args.method
+    row = {"update": update + 1, "kind": kind, "lr": rate(args, update)}
+    row |= {key: value if math.isfinite(value) else str(value) for key, value in values.items()}  # JSON has no nan
+    if skipped:
+        progress["skipped"] += 1
+        row |= {"skipped": progress["skipped"], "prompts": skipped}
+        told = ", ".join(f"{key} {row[key]}" for key in values if key != "seconds")
+        about = f"update {update + 1} skipped, the {progress['skipped']}. in all: not finite: {told}; prompts {skipped}"
+        tqdm.write(about, file=sys.stderr)
+    state.append(folder / "log.jsonl", json.dumps(row))
+
+
+def save(args, folder: Path, modules: dict, optimizer, progress: dict, last: bool) -> None:
+    """Save the state. Where that fails and training goes on, the next one may succeed: raises OSError at the last."""
+    try:
+        state.save_newest(folder / "states", modules, optimizer, progress, args.keep)
+    except OSError as error:
+        if last:
+            raise
+        tqdm.write(f"not saved, training goes on: {error.filename}: {error.strerror}", file=sys.stderr)
+
+
+def memory_advice(args, error: Exception) -> str:
+    """What to try after an allocation failed: the same update in smaller passes."""
+    if args.device == "cpu":
+        import resource  # not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    else:
+        peak = torch.cuda.max_memory_allocated()
+    smaller = max((n for n in range(1, args.batch_size) if args.batch_size % n == 0), default=0)
+    ways = [f"--batch-size {smaller} --accumulate {args.accumulate * args.batch_size // smaller}"] if smaller else []
+    ways += [] if args.checkpointing else ["--checkpointing"]
+    ways += [] if args.lora else ["--lora 16"]
+    return (
+        f"out of memory at {args.batch_size} images of {args.resolution} pixels a pass, peak {peak / 1e9:.2f} GB "
+        f"({(str(error) or 'of the CPU').splitlines()[0]}); try {', '.join(ways) or 'a smaller --resolution'}"
+    )
 
 
 def read_run(args) -> Path:
-    """Take the flags of the run that `--resume` names; returns its folder."""
+    """Take the flags of the run that `--resume` names, and this call's where they may differ; returns the run's folder.
+
+    Raises ValueError for flags that would change the result, unless `--override` is given.
+    """
     folder = Path(args.resume)
-    if not (folder / "run.json").is_file():
+    path = folder / "run.json"
+    if not path.is_file():
         raise FileNotFoundError(f"--resume {args.resume}: no run.json there, so no run to go on with")
-    vars(args).update(json.loads((folder / "run.json").read_text())["args"], resume=args.resume)
+    try:
+        then = json.loads(path.read_text())["args"]
+        free = HARMLESS | ({"steps"} if then["lr_schedule"] == "constant" else set())
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--resume {args.resume}: its run.json is damaged; put it back, or start anew") from None
+    changed = {key: value for key, value in args.given.items() if then.get(key) != value}
+    refused = [f"--{key.replace('_', '-')} {changed[key]} (was {then.get(key)})" for key in changed if key not in free]
+    if refused and not args.override:
+        raise ValueError(f"{', '.join(refused)}: changes the result of {folder}; leave it out, or add --override")
+    vars(args).update(then | changed)
     return folder
 
 
@@ -445,14 +577,18 @@ def measure(images: torch.Tensor, prompts: list[str], m) -> dict[str, list[float
     return {key: [v.mean().item(), v.std(correction=min(1, len(v) - 1)).item()] for key, v in scores.items()}
 
 
-def look(args, m, row: settings.Settings, prompts: list[str], about: dict) -> tuple[dict[str, float], str | None]:
-    """What `--monitor` logs of the tuned model alone, and a warning where the trained reward alone has risen."""
+def look(args, m, row: settings.Settings, prompts: list[str], about: dict, update: int, values: dict) -> bool:
+    """Add to `values` what `--monitor` sees of the tuned model alone; warn, and return True, where it overfits."""
     scores = scores_of(images_of(args, m, row, prompts, 4, 0), prompts, m)
     per_prompt = {key: v.view(len(prompts), -1).mean(1) for key, v in scores.items()}
+    values |= {f"monitor_{key}": round(v.mean().item(), 5) for key, v in per_prompt.items()}
     first = about.setdefault("monitor", {key: v.tolist() for key, v in per_prompt.items()})
     change = monitor.changes({key: torch.tensor(v) for key, v in first.items()}, per_prompt)
-    values = {f"monitor_{key}": round(v.mean().item(), 5) for key, v in per_prompt.items()}
-    return values, monitor.line(change) if monitor.overfits(change) else None
+    overfits = monitor.overfits(change)
+    if overfits:
+        line = f"update {update + 1}: the reward rises and all else falls: {monitor.line(change)}"
+        tqdm.write(line, file=sys.stderr)
+    return overfits
 
 
 def layout(table: dict[str, dict[str, list[float]]]) -> str:

@@ -105,6 +105,14 @@ def test_a_picture_that_does_not_decode_is_named_once_and_left_out(folder, capsy
     assert capsys.readouterr().err.count("1.png") == 1
 
 
+def test_what_stands_at_a_position_does_not_depend_on_what_was_read_before(folder):
+    (folder / "1.png").write_bytes(b"not a picture")
+    data = open_data(str(folder), 16)
+    whole = Stream(data, seed=0)
+    captions = [whole.batch(2)[1] for _ in range(8)]
+    assert [Stream(data, seed=0, position=2 * n).batch(2)[1] for n in range(8)] == captions
+
+
 def test_no_picture_at_all_is_an_error_and_not_an_endless_loop(folder):
     for i in range(4):
         (folder / f"{i}.png").write_bytes(b"")

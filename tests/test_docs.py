@@ -12,7 +12,8 @@ import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_TO_CODE = ROOT / "docs" / "paper_to_code.md"
-DOCUMENTS = [PAPER_TO_CODE, ROOT / "docs" / "paper_vs_official_code.md", ROOT / "README.md"]
+OTHERS = ("docs/paper_vs_official_code.md", "docs/reliability.md", "README.md")
+DOCUMENTS = [PAPER_TO_CODE, *(ROOT / name for name in OTHERS)]
 EQUATIONS = (1, 2, 3, 4, 5)
 
 

@@ -118,33 +118,6 @@ def test_other_prompts_are_other_images(evaluated):
     assert not folders[0] & folders[1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "culprit"),
-    [
-        ([f"--checkpoint={TUNED}"], "say how it was tuned, refl="),
-        (["--checkpoint=refl=nowhere/at/all"], "nowhere/at/all"),
-        ([f"--checkpoint=refl={TUNED}", "--sweep=switch=5"], "0..4 (the number of steps), got 5"),
-        (["--rewards=tiny,beauty"], "beauty"),
-        (["--rewards=tiny,tiny2", "--reward-weights=one"], "needs 2"),
-        (["--reading=mine"], "--reading mine"),
-        (["--prompts=nowhere.txt"], "nowhere.txt"),
-        (["--reference=nowhere"], "nowhere"),
-    ],
-)
-def test_bad_input_is_named_before_anything_is_made(tmp_path, flags, culprit):
-    with pytest.raises((ValueError, OSError)) as error:
-        run(tmp_path / "out", *flags)
-    assert culprit in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("text", ["switch", "size=3", "switch=a", "aig="])
-def test_a_sweep_that_cannot_be_read(text, capsys):
-    with pytest.raises(SystemExit):
-        evaluate.parse_args([f"--sweep={text}"])
-    assert "write switch=0,10,30 or aig=1,2" in capsys.readouterr().err
-
-
 # The comparison at equal diversity
 
 

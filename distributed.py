@@ -1,0 +1,78 @@
+"""Several processes of one run, one a GPU, as torchrun starts them (NCCL on GPUs, gloo on CPUs).
+
+    torchrun --nproc-per-node 4 train.py --base sd15 --data ...
+
+The passes of an update are shared out, and the gradients added up once an update. Noise and images of a pass follow
+from its number, not from the process that takes it, so that N processes make the update that one would make. There is
+no DistributedDataParallel: a loss calls the network up to eleven times, and its backward pass comes `--accumulate`
+times, where one sum at the end says all.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANK = int(os.environ.get("RANK", 0))
+COUNT = int(os.environ.get("WORLD_SIZE", 1))
+PATIENCE = timedelta(hours=2)  # the others wait while the first one makes pictures; torchrun ends them when one dies
+
+
+def take_gpu() -> None:
+    """Make "cuda" mean this process's own GPU, before it is used. Raises ValueError where there are fewer."""
+    gpus, mine = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if COUNT == 1 or not gpus:
+        return
+    if mine >= gpus:
+        raise ValueError(f"process {RANK} of {COUNT}: there are only {gpus} GPUs here; --nproc-per-node {gpus}")
+    torch.cuda.set_device(mine)
+
+
+@contextmanager
+def group(device: str) -> Iterator[None]:
+    """Within: the processes that torchrun started know of each other. Nothing happens where this is the only one."""
+    if COUNT == 1:
+        yield
+        return
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=PATIENCE)
+    yield
+    dist.destroy_process_group()  # not after an error, when others may be gone: it would wait for them
+
+
+def check_passes(batch_size: int, passes: int) -> None:
+    """Raises ValueError when the processes cannot share the passes of an update evenly."""
+    if passes % COUNT:
+        images = batch_size * passes
+        ways = [
+            (images // n, n) for n in range(COUNT, images + 1, COUNT) if images % n == 0 and images // n <= batch_size
+        ]
+        same = f"; --batch-size {ways[0][0]} --accumulate {ways[0][1]} is the same update" if ways else ""
+        raise ValueError(f"--accumulate {passes}: {COUNT} processes cannot share it evenly; give a multiple{same}")
+
+
+def share(passes: int) -> range:
+    """The passes of an update that this process takes."""
+    return range(RANK, passes, COUNT)
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes. Raises ValueError when one of them is gone."""
+    if COUNT == 1:
+        return
+    try:
+        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            work.wait()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"process {RANK} of {COUNT}: another one is gone, its message says why ({reason})") from None
+
+
+def total(numbers: list[float], device: str) -> list[float]:
+    """Each number's sum over all processes."""
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    add_up([sums])
+    return sums.tolist()

@@ -1,0 +1,453 @@
+"""Nothing is lost: resuming to the bit, kills, full disks, bad numbers, several processes. On a miniature base."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from recipe import mini_base
+from safetensors.torch import load_file
+
+import cli
+import distributed
+import state
+import train
+import weights
+from scheduler import Scheduler
+
+ROOT = Path(__file__).parent.parent
+ONE = ["--batch-size", "2", "--dtype", "float32", "--sample-every", "0"]
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    return mini_base(tmp_path_factory.mktemp("mini base"))
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """12 steps instead of 40, and no pictures and tables before and after."""
+    monkeypatch.setattr(train, "SCHEDULER", Scheduler(12))
+    monkeypatch.setattr(train, "images_of", lambda *_: None)
+    monkeypatch.setattr(train, "measure", lambda *_: {"reward": [0.0, 0.0]})
+
+
+def begin(mini, folder, *flags: str) -> None:
+    flags = [*ONE, "--base", mini, "--start", "9", "--reward", "tiny", "--output-dir", str(folder), *flags]
+    train.main(train.parse_args(flags))
+
+
+def resume(folder, *flags: str) -> None:
+    train.main(train.parse_args(["--resume", str(folder), *flags]))
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def numbers(row: dict) -> dict[str, float]:
+    return {key: value for key, value in row.items() if not isinstance(value, str)}
+
+
+def timeless(folder) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in log_of(folder)]
+
+
+def newest(folder) -> Path:
+    return list(state.states(folder / "states").values())[-1]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same weights, moments and progress to the bit, and the same log."""
+    (left, info), (right, other) = state.read(newest(a)), state.read(newest(b))
+    assert info == other and left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+    for path in [*a.rglob("unet/*.safetensors"), *a.glob("pytorch_lora*")]:
+        mine, yours = load_file(path), load_file(b / path.relative_to(a))
+        assert all(torch.equal(mine[key], yours[key]) for key in mine)
+    assert timeless(a) == timeless(b)
+
+
+# ------------------------------------------------------------------------------------------------ resume, to the bit
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--method", "refl"], marks=pytest.mark.slow),
+        ["--method", "imagerefl", "--batch-size", "1", "--max-grad-norm", "0.1"],
+        ["--method", "imagerefl", "--batch-size", "1", "--lora", "2", "--warmup", "4"],
+        ["--method", "diffusion", "--ema", "0.9", "--accumulate", "2", "--snr-gamma", "5"],
+    ],
+    ids=lambda flags: " ".join(flags[1:]),
+)
+def test_a_run_goes_on_to_the_bit(flags, mini, tmp_path, fast):
+    """Stopped after the third update, before the fourth, which in ImageReFL is one of ReFL."""
+    begin(mini, tmp_path / "whole", *flags, "--steps", "5")
+    begin(mini, tmp_path / "half", *flags, "--steps", "3")
+    resume(tmp_path / "half", "--steps", "5")
+    assert_same_run(tmp_path / "whole", tmp_path / "half")
+    kinds = [row["kind"] for row in log_of(tmp_path / "whole")]
+    assert kinds == (["imagerefl"] * 3 + ["refl", "imagerefl"] if "imagerefl" in flags else [flags[1]] * 5)
+
+
+def test_no_image_is_taken_twice_in_an_epoch_also_after_a_resumption(mini, tmp_path, fast, monkeypatch):
+    seen, next_batch = [], train.next_batch
+
+    def recorded(args, m, stream, *rest):
+        seen.extend(range(stream.position, stream.position + args.batch_size))
+        return next_batch(args, m, stream, *rest)
+
+    monkeypatch.setattr(train, "next_batch", recorded)
+    begin(mini, tmp_path / "run", "--method", "diffusion", "--accumulate", "2", "--steps", "2")
+    resume(tmp_path / "run", "--steps", "3")
+    assert seen == list(range(3 * 2 * 2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(number, mini, tmp_path, fast, monkeypatch, capsys):
+    flags = ["--method", "diffusion", "--steps", "3", "--lr-schedule", "cosine"]
+    begin(mini, tmp_path / "whole", *flags)
+    loss_of = train.loss_of
+    monkeypatch.setattr(train, "loss_of", lambda *a: (a[4] == 1 and os.kill(os.getpid(), number), loss_of(*a))[1])
+    begin(mini, tmp_path / "stopped", *flags)
+    out = capsys.readouterr().out
+    assert f"stopped after update 2; go on with: python train.py --resume {tmp_path / 'stopped'}" in out
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    resume(tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_stops_at_once(mini, tmp_path, fast, monkeypatch):
+    def twice(args, m, x0, prompts, update, generator):
+        for _ in range(2 * (update == 1)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_of(args, m, x0, prompts, update, generator)
+
+    loss_of = train.loss_of
+    monkeypatch.setattr(train, "loss_of", twice)
+    with pytest.raises(SystemExit) as exit:
+        begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "3", "--save-every", "1")
+    assert exit.value.code == 128 + signal.SIGTERM and newest(tmp_path / "run").stem == "step-000001"
+
+
+def forked(work, *arguments) -> int:
+    """Call `work` in a child process; returns its pid. The child ends as a command would, its words go nowhere."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        torch.set_num_threads(1)
+        work(*arguments)
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid: int, limit: float) -> int | None:
+    """The exit code of a child, negative for a signal; None where it still runs after `limit` seconds."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None
+
+
+def kill_and_go_on(mini, folder, flags: list[str], moments: list[float]) -> int:
+    """Start a run, kill it at each of the moments (seconds after its start or resumption); returns the kills."""
+    kills = 0
+    for moment in [*moments, 600.0]:
+        started = (folder / "run.json").exists()
+        pid = forked(resume, folder) if started else forked(begin, mini, folder, *flags)
+        code = wait(pid, moment)
+        if code is not None:
+            assert code == 0
+            return kills
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills += 1
+    raise AssertionError("a resumed run does not end")
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_ends_in_the_same_weights(kills, mini, tmp_path, fast):
+    flags = ["--method", "imagerefl", "--batch-size", "1", "--steps", "6", "--save-every", "1", "--lora", "2"]
+    began = time.monotonic()
+    assert wait(forked(begin, mini, tmp_path / "whole", *flags), 600) == 0
+    whole = time.monotonic() - began
+    rng, done, runs = random.Random(kills), 0, 0
+    while done < kills:
+        folder = tmp_path / f"killed-{runs}"
+        moments = [rng.uniform(0.1, 0.9) * whole for _ in range(min(10, kills - done))]
+        done += kill_and_go_on(mini, folder, flags, moments)
+        assert_same_run(tmp_path / "whole", folder)
+        assert not list((folder / "states").glob("*tmp*"))  # what a kill left is gone
+        runs += 1
+
+
+# ------------------------------------------------------------------------------------------------ states
+
+
+def trained(seed: int = 0):
+    torch.manual_seed(seed)
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return {"m": module}, optimizer
+
+
+def saved(folder: Path, updates, keep: int = 9):
+    modules, optimizer = trained()
+    for update in updates:
+        modules["m"].bias.data.fill_(update)
+        state.save_newest(folder, modules, optimizer, {"update": update}, keep)
+    return modules, optimizer
+
+
+def test_the_last_few_states_are_kept(tmp_path):
+    saved(tmp_path, [1, 2, 3, 4], keep=2)
+    assert list(state.states(tmp_path)) == [3, 4]
+    saved(tmp_path, [2], keep=2)  # gone back behind states that were damaged
+    assert list(state.states(tmp_path)) == [2]
+
+
+@pytest.mark.parametrize("damage", ["a bit", "half", "nothing left", "the header"])
+def test_a_damaged_state_is_recognised_and_the_one_before_is_taken(damage, tmp_path, capsys):
+    modules, optimizer = saved(tmp_path, [1, 2])
+    path = state.states(tmp_path)[2]
+    content = bytearray(path.read_bytes())
+    content[-1 if damage == "a bit" else content.index(b"update") + 10] ^= 1
+    length = {"half": len(content) // 2, "nothing left": 0}.get(damage, len(content))
+    path.write_bytes(content[:length])
+    assert state.load_newest(tmp_path, modules, optimizer) == {"update": 1}
+    assert modules["m"].bias.tolist() == [1, 1]
+    error = capsys.readouterr().err
+    assert "step-000002" in error and "damaged" in error and "taking the one before" in error
+    state.states(tmp_path)[1].write_bytes(b"")
+    with pytest.raises(ValueError, match="all 2 states are damaged"):
+        state.load_newest(tmp_path, modules, optimizer)
+
+
+def test_a_state_of_other_networks_loads_nothing(tmp_path):
+    saved(tmp_path, [1])
+    other = {"m": torch.nn.Linear(3, 4)}
+    before = other["m"].weight.clone()
+    with pytest.raises(ValueError, match="other networks: no m.weight"):
+        state.load_newest(tmp_path, other, torch.optim.AdamW(other["m"].parameters()))
+    assert torch.equal(other["m"].weight, before)
+
+
+def full(monkeypatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+
+
+def test_a_full_disk_leaves_the_state_before_and_training_goes_on(mini, tmp_path, fast, monkeypatch, capsys):
+    loss_of = train.loss_of
+    monkeypatch.setattr(train, "loss_of", lambda *a: (a[4] == 1 and full(monkeypatch), loss_of(*a))[1])
+    with pytest.raises(OSError) as caught:
+        begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "3", "--save-every", "1")
+    assert "step-000003" in caught.value.filename and "GB needed" in caught.value.strerror
+    error = capsys.readouterr().err
+    assert "not saved, training goes on" in error and "step-000002" in error
+    assert state.read(newest(tmp_path / "run"))[1]["update"] == 1 and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "SCHEDULER", Scheduler(12))
+    resume(tmp_path / "run")
+    assert [row["update"] for row in log_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def hold(folder: Path) -> None:
+    with state.lock(folder):
+        time.sleep(60)
+
+
+def test_a_run_in_use_is_refused_until_its_process_is_gone(mini, tmp_path, fast):
+    begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "1")
+    pid = forked(hold, tmp_path / "run")
+    for _ in range(200):
+        time.sleep(0.01)
+        try:
+            with state.lock(tmp_path / "run"):
+                pass
+        except ValueError:
+            break
+    with pytest.raises(ValueError, match="another process trains there"):
+        resume(tmp_path / "run")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    resume(tmp_path / "run", "--steps", "2")
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_a_state_is_saved_after_minutes(mini, tmp_path, fast):
+    begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "3", "--save-minutes", "0.000001", "--keep", "5")
+    assert list(state.states(tmp_path / "run" / "states")) == [1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------ health
+
+
+def broken(monkeypatch, updates, value: float = float("nan")) -> None:
+    """Make the loss of some updates not finite."""
+    loss_of = train.loss_of
+
+    def broken_loss(args, m, x0, prompts, update, generator):
+        loss, log = loss_of(args, m, x0, prompts, update, generator)
+        return (loss * value if update in updates else loss), log
+
+    monkeypatch.setattr(train, "loss_of", broken_loss)
+
+
+def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(mini, tmp_path, fast, monkeypatch, capsys):
+    begin(mini, tmp_path / "one", "--method", "diffusion", "--steps", "1", "--ema", "0.5")
+    broken(monkeypatch, {1})
+    begin(mini, tmp_path / "two", "--method", "diffusion", "--steps", "2", "--ema", "0.5")
+    row = log_of(tmp_path / "two")[1]
+    assert row["skipped"] == 1 and row["grad_norm"] == "nan" and len(row["prompts"]) == 2
+    (before, _), (after, info) = state.read(newest(tmp_path / "one")), state.read(newest(tmp_path / "two"))
+    assert all(torch.equal(before[key], after[key]) for key in before) and info["skipped"] == 1
+    error = capsys.readouterr().err
+    assert "update 2 skipped" in error and f"prompts {row['prompts']}" in error
+
+
+def test_after_many_skips_in_a_row_the_run_stops_with_advice(mini, tmp_path, fast, monkeypatch):
+    monkeypatch.setattr(train, "SKIPS", 2)
+    broken(monkeypatch, {1, 3, 4}, float("inf"))
+    with pytest.raises(ValueError, match="2 updates in a row .* lower --lr.*--resume"):
+        begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "9")
+    assert [row.get("skipped") for row in log_of(tmp_path / "run")] == [None, 1, None, 2, 3]
+    assert state.read(newest(tmp_path / "run"))[1] | {"position": 0} == {
+        "update": 5, "position": 0, "skipped": 3, "in_a_row": 2,
+    }  # fmt: skip
+
+
+def test_out_of_memory_is_one_line_with_what_to_try(mini, tmp_path, fast, monkeypatch):
+    monkeypatch.setattr(train, "loss_of", lambda *_: torch.empty(2**50))
+    with pytest.raises(ValueError, match="out of memory at 2 images of 64 pixels a pass, peak .* GB") as caught:
+        begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "1")
+    assert "--batch-size 1 --accumulate 2, --checkpointing, --lora 16" in str(caught.value)
+    monkeypatch.setattr(train, "loss_of", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):  # another error is not mistaken for it
+        begin(mini, tmp_path / "other", "--method", "diffusion", "--steps", "1")
+
+
+def test_a_changed_flag_is_refused_by_name_unless_overridden(mini, tmp_path, fast):
+    folder = tmp_path / "run"
+    begin(mini, folder, "--method", "diffusion", "--steps", "1", "--lr", "1e-4")
+    with pytest.raises(ValueError, match="--lr 0.001 .was 0.0001..*--override"):
+        resume(folder, "--lr", "1e-3", "--steps", "2")
+    resume(folder, "--lr", "1e-4", "--steps", "2", "--save-every", "7")  # the same, and what changes nothing
+    resume(folder, "--lr", "1e-3", "--override", "--steps", "3")
+    assert [row["lr"] for row in log_of(folder)] == [1e-4, 1e-4, 1e-3]
+    assert json.loads((folder / "run.json").read_text())["args"]["lr"] == 1e-3
+    with pytest.raises(ValueError, match="saved from other networks: no ema"):
+        resume(folder, "--ema", "0.9", "--override", "--steps", "4")
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def member(rank: int, port: str, errors: Path, mini, folder, flags: list[str], dies: bool) -> None:
+    """One of two processes, as torchrun would start it."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
+    distributed.RANK, distributed.COUNT, train.FIRST = rank, 2, rank == 0
+    if dies and rank == 1:
+        loss_of = train.loss_of
+        train.loss_of = lambda *a: os._exit(7) if a[4] == 1 else loss_of(*a)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.stderr = open(2, "w", closefd=False)
+    cli.run(lambda _: begin(mini, folder, *flags), None)
+
+
+def two_processes(tmp_path, mini, flags: list[str], dies: bool = False) -> list[int]:
+    port = free_port()
+    pids = [forked(member, r, port, tmp_path / f"{r}.txt", mini, tmp_path / "two", flags, dies) for r in range(2)]
+    return [wait(pid, 120) for pid in pids]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "imagerefl", "--batch-size", "1", "--accumulate", "2"],
+        pytest.param(["--method", "diffusion", "--ema", "0.9", "--accumulate", "6"], marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_make_the_updates_of_one(flags, mini, tmp_path, fast):
+    flags = [*flags, "--steps", "4"]
+    assert two_processes(tmp_path, mini, flags) == [0, 0]
+    begin(mini, tmp_path / "one", *flags)
+    (one, info), (two, other) = (state.read(newest(tmp_path / name)) for name in ("one", "two"))
+    assert info == other
+    for row, same in zip(timeless(tmp_path / "one"), timeless(tmp_path / "two"), strict=True):
+        assert numbers(row) == pytest.approx(numbers(same), rel=1e-4)
+    moved = weights.load_unet(mini).state_dict()
+    for key in moved:
+        assert (one[f"unet.{key}"] - two[f"unet.{key}"]).norm() <= 0.02 * (one[f"unet.{key}"] - moved[key]).norm()
+
+
+def test_a_process_that_dies_ends_the_others(mini, tmp_path, fast):
+    flags = ["--method", "diffusion", "--steps", "3", "--accumulate", "2", "--save-every", "1"]
+    assert two_processes(tmp_path, mini, flags, dies=True) == [2, 7]
+    assert "process 0 of 2: another one is gone" in (tmp_path / "0.txt").read_text()
+    assert newest(tmp_path / "two").stem == "step-000001"
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_ends_with_a_killed_process(mini, tmp_path):
+    flags = ["--base", mini, "--method", "diffusion", "--steps", "3", "--accumulate", "2", *ONE]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    command += [str(ROOT / "train.py"), *flags]
+    subprocess.run([*command, "--output-dir", str(tmp_path / "two")], check=True, timeout=600, cwd=tmp_path)
+    begin(mini, tmp_path / "one", *flags[2:])
+    one, two = (numbers(timeless(tmp_path / name)[-1]) for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
+    long = subprocess.Popen(
+        [*command, "--steps", "100000", "--output-dir", str(tmp_path / "long")], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "long" / "log.jsonl").exists():
+        time.sleep(0.1)
+        assert long.poll() is None
+    children = Path(f"/proc/{long.pid}/task/{long.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert long.wait(120) != 0
+
+
+def test_passes_that_cannot_be_shared_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "COUNT", 8)
+    with pytest.raises(ValueError, match="--accumulate 4: 8 .*; --batch-size 4 --accumulate 8 is the same update"):
+        distributed.check_passes(8, 4)
+    distributed.check_passes(4, 8)
+    monkeypatch.setattr(distributed, "RANK", 3)
+    assert list(distributed.share(16)) == [3, 11]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "COUNT", 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ValueError, match="only 2 GPUs here; --nproc-per-node 2"):
+        distributed.take_gpu()
