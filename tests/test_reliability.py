@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ from safetensors.torch import load_file
 
 import cli
 import distributed
+import rewards
 import state
 import train
 import weights
 from scheduler import Scheduler
 
 ROOT = Path(__file__).parent.parent
+build, load_text = cache(rewards.build), cache(weights.load_text)
 ONE = ["--batch-size", "2", "--dtype", "float32", "--sample-every", "0"]
 
 
@@ -34,7 +37,9 @@ def mini(tmp_path_factory):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """12 steps instead of 40, and no pictures and tables before and after."""
+    """12 steps instead of 40, frozen networks read once, and no pictures and tables before and after."""
+    monkeypatch.setattr(train.rewards, "build", build)
+    monkeypatch.setattr(train.weights, "load_text", load_text)
     monkeypatch.setattr(train, "SCHEDULER", Scheduler(12))
     monkeypatch.setattr(train, "images_of", lambda *_: None)
     monkeypatch.setattr(train, "measure", lambda *_: {"reward": [0.0, 0.0]})
