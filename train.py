@@ -78,6 +78,7 @@ from diffusion import pretraining_loss  # noqa: E402
 from imagerefl import imagerefl_loss, is_refl_update  # noqa: E402
 from pictures import grid, save_png, to_pictures  # noqa: E402
 from refl import refl_loss  # noqa: E402
+from rollout import Rollout  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from unet import UNet, UNetConfig, initialise  # noqa: E402
 
@@ -173,6 +174,8 @@ def load_models(args, config: dict) -> SimpleNamespace:
     m.net = m.unet  # what the losses call
     if args.compile:
         compile_networks(args, m)
+    if tunes and frozen != torch.float32:
+        m.net = Rollout(m.net, m.unet, frozen, args.compile)
     return m
 
 
@@ -310,7 +313,8 @@ def main(args) -> None:
         data = Captions([caption for _, caption in data.rows])  # no picture needs to be read
     m = load_models(args, config)
     check_size(args, m)
-    optimizer = torch.optim.AdamW(m.parameters, args.lr, weight_decay=args.weight_decay, eps=ADAM_EPS)
+    how = {"weight_decay": args.weight_decay, "eps": ADAM_EPS, "fused": args.device != "cpu"}
+    optimizer = torch.optim.AdamW(m.parameters, args.lr, **how)
     modules = {"unet": m.unet} | ({"ema": m.ema} if m.ema else {})
     info = {"update": 0, "position": 0}
     if args.resume and (folder / STATE).exists():
@@ -331,6 +335,8 @@ def main(args) -> None:
     with open(folder / "log.jsonl", "a") as log_file:
         for update in bar:
             began, logs = time.time(), []
+            if isinstance(m.net, Rollout):
+                m.net.refresh()
             for part in range(args.accumulate):
                 generator = generator_of(args.seed, update, part)
                 with autocast(args):

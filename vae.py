@@ -228,5 +228,9 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, H/8, W/8) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        z = (latents / self.config.scale).to(self.post_quant_conv.weight.dtype)
-        return self.decoder(self.post_quant_conv(z))
+        dtype = self.post_quant_conv.weight.dtype
+        z = (latents / self.config.scale).to(dtype)
+        if dtype == torch.float32:
+            return self.decoder(self.post_quant_conv(z))
+        with torch.autocast(z.device.type, enabled=False):  # else its norms ran in float32: twice the memory and time
+            return self.decoder(self.post_quant_conv(z))
