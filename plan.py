@@ -104,7 +104,11 @@ def conditioning_of(config: UNetConfig, batch: int, dtype: torch.dtype) -> dict[
 
 def build(args, unet: UNetConfig, vae: VAEConfig) -> Networks:
     """The networks of a run, in the mode for tensors without data that surrounds the call."""
-    networks = Networks(UNet(unet), VAE(vae).requires_grad_(False), [])
+    with torch.device("meta"):
+        blank = (UNet(unet), VAE(vae))
+    for network in blank:
+        network.load_state_dict({key: torch.empty(t.shape) for key, t in network.state_dict().items()}, assign=True)
+    networks = Networks(blank[0], blank[1].requires_grad_(False), [])
     paths = (args.reward_weights or "").split(",")
     for i, (name, _) in enumerate(rewards.parse(args.reward) if args.method != "diffusion" else []):
         folder = rewards.EMBEDDED / name if name in ("tiny", "tiny2") else Path(paths[i] if i < len(paths) else "")
@@ -227,7 +231,7 @@ def text_bytes(unet: UNetConfig) -> int:
 
 
 def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, checkpointing: str | None) -> tuple[float, float]:
-    """Bytes that a run on a GPU in bf16 keeps between updates, and at most in a pass of `batch` images, not compiled."""
+    """Bytes that a run on a GPU in bf16 keeps between updates, and has at most in a pass of `batch` images."""
     side = args.resolution // 2 ** (len(vae.channels) - 1)
     with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as memory, NormsInFloat32():
         m = build(args, unet, vae)
@@ -274,13 +278,17 @@ def fitting(args, unet: UNetConfig, vae: VAEConfig, gigabytes: float, known: dic
     return None
 
 
-def report(args) -> str:
+def configs(base: str) -> tuple[UNetConfig, VAEConfig]:
+    """The sizes of a base; those of the published ones are known without their files."""
+    if base in PUBLISHED:
+        return PUBLISHED[base]
+    return tuple(
+        kind.from_dict(weights.read_config(base, part)) for kind, part in ((UNetConfig, "unet"), (VAEConfig, "vae"))
+    )
+
+
+def report(args, unet: UNetConfig, vae: VAEConfig) -> str:
     """The plan as text. `args`: those of `train.py`, resolved."""
-    if args.base in PUBLISHED:
-        unet, vae = PUBLISHED[args.base]
-    else:
-        unet = UNetConfig.from_dict(weights.read_config(args.base, "unet"))
-        vae = VAEConfig.from_dict(weights.read_config(args.base, "vae"))
     parts = flops(args, unet, vae)
     images = args.batch_size * args.accumulate
     lines = [f"{args.base}, {args.method}, {args.resolution} pixels, {images} images an update", "", "TFLOP an image"]

@@ -40,7 +40,10 @@ def parse_args(argv=None):
     add("--caption-dropout", type=float, default=0.1, help="with diffusion: share of captions left out")
     add("--ema", type=float, help="with diffusion: save an exponential average of the weights, e.g. 0.999")
     add("--cache-latents", action="store_true", help="encode every image once, before the first update")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
+    add(
+        "--checkpointing", nargs="?", const="unet,decoder", choices=("unet", "decoder", "unet,decoder"),
+        help="recompute activations in the backward pass to save memory; alone: both",
+    )  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the networks; refused where that changes gradients")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (default: bfloat16 where the processor has it)")
@@ -49,6 +52,8 @@ def parse_args(argv=None):
     add("--save-every", type=positive, default=200, help="updates between states that --resume can take up")
     add("--prompts", help="file of prompts for the grids and the final table (default: the base's own)")
     add("--output-dir", help="default: runs/METHOD-BASE, with a number where that is taken")
+    add("--plan", action="store_true", help="print arithmetic, memory and the settings that fit, and stop")
+    add("--gpu-memory", type=float, metavar="GB", help="with --plan: of the GPU (default: 16, 24, 40 and 80)")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with the flags that it was started with")
     return parser.parse(argv)
 
@@ -69,6 +74,7 @@ from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
 import metrics  # noqa: E402
+import plan  # noqa: E402
 import rewards  # noqa: E402
 import state  # noqa: E402
 import weights  # noqa: E402
@@ -170,7 +176,8 @@ def load_models(args, config: dict) -> SimpleNamespace:
         m.base = copy.deepcopy(m.unet).to(frozen).requires_grad_(False) if tunes else None
     if args.ema:
         m.ema = copy.deepcopy(m.unet).requires_grad_(False)
-    m.unet.checkpointing = m.vae.decoder.checkpointing = args.checkpointing
+    m.unet.checkpointing = "unet" in (args.checkpointing or "")
+    m.vae.decoder.checkpointing = "decoder" in (args.checkpointing or "")
     m.net = m.unet  # what the losses call
     if args.compile:
         compile_networks(args, m)
@@ -297,6 +304,9 @@ def update_weights(args, m, optimizer, update: int) -> float:
 
 
 def main(args) -> None:
+    if args.plan:
+        show_plan(args)
+        return
     if args.resume:
         folder = read_run(args)
     config = weights.read_config(args.base, "unet")
@@ -313,6 +323,7 @@ def main(args) -> None:
         data = Captions([caption for _, caption in data.rows])  # no picture needs to be read
     m = load_models(args, config)
     check_size(args, m)
+    mfu = plan.Meter(args, m.unet.config, m.vae.config) if args.device != "cpu" else None
     how = {"weight_decay": args.weight_decay, "eps": ADAM_EPS, "fused": args.device != "cpu"}
     optimizer = torch.optim.AdamW(m.parameters, args.lr, **how)
     modules = {"unet": m.unet} | ({"ema": m.ema} if m.ema else {})
@@ -355,6 +366,8 @@ def main(args) -> None:
             if args.device != "cpu":
                 values["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             kind = "refl" if args.method == "imagerefl" and is_refl_update(update) else args.method
+            if mfu:
+                values["mfu"] = round(mfu(kind, values["seconds"]), 4)
             log_file.write(json.dumps({"update": update + 1, "kind": kind, "lr": rate(args, update)} | values) + "\n")
             log_file.flush()
             bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
@@ -371,6 +384,14 @@ def main(args) -> None:
     if stream.left_out:
         print(f"{len(stream.left_out)} images did not decode and were left out")
     finish(args, m, row, prompts, folder, about)
+
+
+def show_plan(args) -> None:
+    """What a run with these flags would cost. Needs neither weights nor data."""
+    unet, vae = plan.configs(args.base)
+    args.data = args.data or "."
+    resolve(args, settings.of(args.base, unet.to_dict()))
+    print(plan.report(args, unet, vae))
 
 
 def read_run(args) -> Path:

@@ -1,7 +1,7 @@
 """Ours beside diffusers, in one run, on the same weights, inputs and noise: time and memory.
 
-    python benchmarks/bench.py                     on a CPU: about five minutes on two cores
-    python benchmarks/bench.py --device cuda       full sizes in bf16, with compiled rows: hours of tuning aside, minutes
+    python benchmarks/bench.py                             on a CPU: about five minutes on two cores
+    python benchmarks/bench.py --device cuda --compile     full sizes in bf16, where compiling takes the time
 
 Weights are random. That both sides compute the same is asserted in float32 before anything is timed. The sides take
 turns, so that a busy machine slows both; medians are reported. Writes a JSON file and a Markdown table.
@@ -46,6 +46,8 @@ MIDDLE_UNET = replace(unets.SD15, channels=(128, 256, 512, 512))  # a sixth of S
 MIDDLE_VAE = replace(vaes.SD15, channels=(32, 64, 128, 128))
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SCHEDULE |= {"clip_sample": False, "timestep_spacing": "leading"}
+COLUMNS = ("work", "TFLOP", "ours", "diffusers", "x", "ours compiled", "diffusers compiled", "x")
+COLUMNS += ("peak, ours / diffusers", "difference", "rate")
 FAST = {  # of inductor, as diffusers' documentation of fast inference has them
     "conv_1x1_as_mm": True,
     "coordinate_descent_tuning": True,
@@ -311,7 +313,7 @@ def reward_of(args) -> Callable:
 
 
 def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
-    """One optimizer step of a method: our losses, beside a step put together from diffusers as the official code has it.
+    """One optimizer step of a method: ours, beside one put together from diffusers as the official code has it.
 
     Theirs: float32 weights and autoencoder under autocast, `scheduler.step`, AdamW with its defaults, not compiled.
     """
@@ -496,13 +498,13 @@ def table(about: dict, rows: list[dict]) -> str:
     said = ", ".join(f"{key} {value}" for key, value in about.items())
     lines = ["# Ours beside diffusers", "", f"{said}.", ""]
     lines += [
-        "Medians in seconds; `x`: diffusers' time over ours, range over turns in brackets. Peak: what a side keeps",
-        "(weights, optimizer) and what the call takes beside it, GB. Difference: of the float32 results, by norm. Rate:",
-        "of our fastest side, as a share of the device's measured bf16 matrix rate, in arithmetic counted as 2 per",
-        "multiplication. A dash: not measured.",
+        "Medians in seconds; `x`: diffusers' time over ours, range over turns in brackets; without a compiled side of",
+        "theirs, their eager one is taken. Peak: what a side keeps (weights, optimizer) and what the call takes beside",
+        "it, GB. Difference: of the float32 results, by norm. Rate: of our fastest side, as a share of the device's",
+        "measured bf16 matrix rate. A dash: not measured.",
         "",
-        "| work | TFLOP | ours | diffusers | x | ours compiled | diffusers compiled | x | peak ours / diffusers | difference | rate |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(COLUMNS)} |",
+        "|" + "---|" * len(COLUMNS),
     ]
     for row in rows:
         sides = row["sides"]
