@@ -102,7 +102,7 @@ def test_swapped_models_and_passes_sample_the_same_images(tmp_path):
         tiny.conv_out.bias.add_(0.1)
     weights.save_unet(tiny, paths[1])
     vae, text, scheduler = weights.load_vae("tiny"), weights.load_text("tiny"), Scheduler(3)
-    asked = (vae, text, scheduler, switch_weights(3, 2), ["owl"] * 3, [1, 2, 3], (16, 16), 2.0)
+    asked = (vae, text, scheduler, switch_weights(3, 2), ["owl"] * 3, [1, 2, 3], (32, 32), 2.0)
     reads = []
 
     def load(source, *args, real=weights.load_unet):
