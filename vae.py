@@ -219,7 +219,8 @@ class VAE(nn.Module):
 
     def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents in float32, drawn from a posterior as `encode` gives it."""
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        noise = torch.randn(mean.shape, generator=generator)
+        noise = (noise.pin_memory() if mean.is_cuda else noise).to(mean.device, non_blocking=True)
         return (mean.float() + (0.5 * logvar.float()).exp() * noise) * self.config.scale
 
     def sample(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
