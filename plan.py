@@ -258,7 +258,7 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, checkpointin
                 loss, _ = reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, given, [""] * batch, None)
             if args.method != "refl":
                 loss = loss + diffusion_loss(m.unet, x, 226, x, given).mean()
-        loss.backward()
+        torch.autograd.backward(loss)  # `Tensor.backward` would leave the mode out of what is recomputed
         del copies, moments
     return kept, memory.peak
 

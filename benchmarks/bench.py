@@ -8,6 +8,7 @@ turns, so that a busy machine slows both; medians are reported. Writes a JSON fi
 """
 
 import argparse
+import copy
 import ctypes
 import json
 import os
@@ -204,6 +205,9 @@ def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> tuple[di
         "ours": Side(lambda: ours(x, t, **given), kept),
         "diffusers": Side(lambda: theirs(x, t, **in_their_words(given)), kept),
     }
+    if args.channels_last:
+        last = copy.deepcopy(ours).to(memory_format=torch.channels_last)
+        sides["channels_last"] = Side(lambda: last(x, t, **given), lambda: tensors_of(last))
     if args.compile:
         net = torch.compile(ours)
         best = both_unets(config, args.device)[1].to(sizes.dtype)
@@ -530,6 +534,7 @@ def ratio(ours: dict, theirs: dict) -> str:
 def main(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # the results are compared in float32
     args.sizes = args.sizes or ("cpu" if args.device == "cpu" else "gpu")
     sizes, about, rows = SIZES[args.sizes], machine(args), []
     small = args.sizes == "tiny"
@@ -567,6 +572,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sizes", choices=SIZES, help="default: cpu or gpu, by the device; tiny is a rehearsal")
     add("--work", nargs="+", choices=WORK, default=WORK, help="default: all")
     add("--compile", action="store_true", help="also compiled sides, which take minutes to tune")
+    add("--channels-last", action="store_true", help="also our UNets in that memory format, in the JSON file alone")
     add("--threads", type=positive, help="default: all cores")
     add("--repeats", type=positive, default=7, help="turns at most (default: 7)")
     add("--seconds", type=float, default=25, help="after which a row ends, three turns at least (default: 25)")
