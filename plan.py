@@ -8,16 +8,17 @@ which every allocation is followed. 1 multiplication with its addition is 2 FLOP
 
 import time
 import weakref
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -215,14 +216,20 @@ class Allocations(TorchDispatchMode):
         self.now -= size
 
 
-class NormsInFloat32(TorchFunctionMode):
-    """What autocast does on a GPU and not on a CPU, where the tensors without data are."""
+@contextmanager
+def norms_in_float32() -> Iterator[None]:
+    """What autocast does on a GPU and not on a CPU, where the tensors without data are; in the backward pass too."""
 
-    def __torch_function__(self, f, types, args=(), kwargs=None):
-        if f in (F.group_norm, F.layer_norm) and torch.is_autocast_enabled("cpu"):
-            args = tree_map_only(Tensor, Tensor.float, args)
-            kwargs = tree_map_only(Tensor, Tensor.float, kwargs)
-        return f(*args, **(kwargs or {}))
+    def lifted(f: Callable) -> Callable:
+        def norm(*args, **kwargs):
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+            return f(*args, **kwargs)
+
+        return norm
+
+    with patch.object(F, "group_norm", lifted(F.group_norm)), patch.object(F, "layer_norm", lifted(F.layer_norm)):
+        yield
 
 
 def text_bytes(unet: UNetConfig) -> int:
@@ -233,7 +240,7 @@ def text_bytes(unet: UNetConfig) -> int:
 def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, checkpointing: str | None) -> tuple[float, float]:
     """Bytes that a run on a GPU in bf16 keeps between updates, and has at most in a pass of `batch` images."""
     side = args.resolution // 2 ** (len(vae.channels) - 1)
-    with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as memory, NormsInFloat32():
+    with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as memory, norms_in_float32():
         m = build(args, unet, vae)
         lower(m.vae)
         for network in m.rewards:  # as `reward_models.lower` has it
@@ -258,7 +265,7 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, checkpointin
                 loss, _ = reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, given, [""] * batch, None)
             if args.method != "refl":
                 loss = loss + diffusion_loss(m.unet, x, 226, x, given).mean()
-        torch.autograd.backward(loss)  # `Tensor.backward` would leave the mode out of what is recomputed
+        loss.backward()
         del copies, moments
     return kept, memory.peak
 

@@ -1,8 +1,11 @@
 """What is there for speed changes nothing that is computed."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from recipe import filled, rnd
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plan
 import train
@@ -154,6 +157,49 @@ def test_followed_allocations_are_those_of_the_tensors():
         assert memory.now == 4000
         del view
     assert memory.now == 0
+
+
+def test_tensors_without_data_need_the_memory_of_real_ones():
+    peaks = []
+    for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode, plan.Allocations() as memory:
+            loss = UNet(CONFIG)(torch.zeros(4, 4, 16, 16), 5, torch.zeros(4, 5, 16)).square().mean()
+            loss.backward()
+        peaks.append(memory.peak)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+
+
+def test_norms_are_float32_as_on_a_gpu_also_where_recomputed():
+    unet = UNet(CONFIG)
+    unet.checkpointing = True
+    with FakeTensorMode(allow_non_fake_inputs=True), plan.norms_in_float32():
+        norm = torch.nn.GroupNorm(2, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert norm(torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16)).dtype == torch.float32
+            loss = unet(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 5, 16)).square().mean()
+        loss.backward()  # raises where the recomputed tensors are of another type
+
+
+def test_the_plan_names_settings_that_fit(monkeypatch, capsys):
+    """Neither weights nor data are needed; recomputing begins where fewer than four images would fit."""
+    names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
+    need = {None: (20, 9), "decoder": (15, 3), "unet,decoder": (14, 1)}  # GB, and more for an image
+
+    def peak(args, unet, vae, batch, checkpointing):
+        fixed, each = need[checkpointing]
+        return 0, (fixed + each * batch) * 1e9
+
+    monkeypatch.setattr(plan, "flops", lambda *_: dict.fromkeys(names, 1e12))
+    monkeypatch.setattr(plan, "peak_memory", peak)
+    train.main(train.parse_args(["--base", "sd15", "--plan"]))
+    out = capsys.readouterr().out
+    for gigabytes, settings in {
+        16: "16.0  --batch-size 1 --accumulate 32 --checkpointing unet,decoder",
+        24: "23.0  --batch-size 8 --accumulate 4 --checkpointing unet,decoder",
+        40: "40.0  --batch-size 8 --accumulate 4 --checkpointing decoder",
+        80: "57.0  --batch-size 4 --accumulate 8\n",
+    }.items():
+        assert f"{gigabytes} GB    {settings}" in out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
