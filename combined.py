@@ -4,7 +4,7 @@ Both this and the AIG baseline are one thing: at step i the noise is (1 - w_i) e
 the weights. A predictor is `(x_t, t) -> eps`; `plain` and `guided` make one from a UNet and its conditioning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,12 @@ def guided(unet, conditioning: dict[str, Tensor], empty: dict[str, Tensor], guid
         return eps_empty + guidance * (eps_text - eps_empty)
 
     return predict
+
+
+def in_passes(make: Callable[[slice], Predictor], parts: list[slice]) -> Predictor:
+    """A predictor of many images out of one for each part of them. All take a step before any takes the next."""
+    predictors = [make(part) for part in parts]
+    return lambda x_t, t: torch.cat([f(x_t[part], t) for f, part in zip(predictors, parts, strict=True)])
 
 
 def mix(base: Predictor, tuned: Predictor, w: float) -> Predictor:
@@ -106,11 +112,13 @@ def generate_each(
     seeds: list[int],
     size: tuple[int, int],
     guidance: float,
+    batch: int | None = None,
 ) -> list[Tensor]:
     """Prompts and as many seeds -> images (B, 3, H, W) in about [-1, 1] for each mixture; `size` is H, W in pixels.
 
-    `base` runs with guidance, `tuned` without. The noise of an image follows from its seed alone. Raises ValueError
-    when the autoencoder or the UNet cannot halve the sides often enough.
+    `base` runs with guidance, `tuned` without. The noise of an image follows from its seed alone. `batch`: images that
+    go through a network at once, if not all; the base still ends before the tuned model begins. Raises ValueError when
+    the autoencoder or the UNet cannot halve the sides often enough.
     """
     H, W = size
     if H % vae.factor or W % vae.factor:
@@ -119,8 +127,16 @@ def generate_each(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (len(prompts), vae.config.latent_channels, H // vae.factor, W // vae.factor)
     x_T = randn(shape, generators, conditioning["context"].device)
-    base, tuned = guided(base, conditioning, empty, guidance), plain(tuned, conditioning)
-    return [vae.decode(x) for x in combine_each(scheduler, base, tuned, mixtures, x_T, generators)]
+
+    def of(part: slice, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: t[part] for key, t in features.items()}
+
+    batch = batch or len(prompts)
+    parts = [slice(at, at + batch) for at in range(0, len(prompts), batch)]
+    eps_base = in_passes(lambda part: guided(base, of(part, conditioning), of(part, empty), guidance), parts)
+    eps_tuned = in_passes(lambda part: plain(tuned, of(part, conditioning)), parts)
+    made = combine_each(scheduler, eps_base, eps_tuned, mixtures, x_T, generators)
+    return [torch.cat([vae.decode(x0[part]) for part in parts]) for x0 in made]
 
 
 def generate(base, tuned, vae, text, scheduler: Scheduler, weights: Sequence[float], *rest) -> Tensor:

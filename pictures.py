@@ -34,7 +34,8 @@ def preprocess(images: Tensor, size: int, mean: tuple, std: tuple) -> Tensor:
         x = F.interpolate(x, (H, W), mode="bicubic", align_corners=False, antialias=True)
     top, left = round((H - size) / 2), round((W - size) / 2)
     x = x[..., top : top + size, left : left + size]
-    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+    channels = zip(x.unbind(1), mean, std, strict=True)
+    return torch.stack([(channel - m) / s for channel, m, s in channels], 1)  # no tensor that a device waits for
 
 
 def save_png(picture: Image.Image, path: str | Path, parameters: str | None = None) -> None:

@@ -61,6 +61,8 @@ from data import check_unicode, read_prompts  # noqa: E402
 from pictures import grid, save_png, to_pictures  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 
+TOGETHER = 8  # batches that one change from base to tuned model serves
+
 
 def parameters_line(prompt: str, seed: int, args, size: tuple[int, int]) -> str:
     """How an image was made, in the form that A1111 writes and others read."""
@@ -114,7 +116,7 @@ def main(args) -> None:
 
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, None: None}[args.dtype]
     dtype = dtype or (torch.bfloat16 if args.device != "cpu" else torch.float32)
-    base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype)
+    base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype, args.aig is None)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
 
     multiple = vae.factor * 2 ** (len(config["block_out_channels"]) - 1)
@@ -124,11 +126,12 @@ def main(args) -> None:
     output, size = Path(args.output_dir), (resolution, resolution)
     jobs = [(p, args.seed + k) for p in prompts for k in range(args.images_per_prompt)]
     pictures = []
-    for at in tqdm(range(0, len(jobs), batch), desc="sampling", unit="batch"):
-        asked, seeds = zip(*jobs[at : at + batch], strict=True)
+    together = TOGETHER * batch
+    for at in tqdm(range(0, len(jobs), together), desc="sampling", unit=f"{together} images"):
+        asked, seeds = zip(*jobs[at : at + together], strict=True)
         images = generate(
-            base, tuned, vae, text, scheduler, mixture, list(asked), list(seeds), size, args.guidance
-        )  # fmt: skip
+            base, tuned, vae, text, scheduler, mixture, list(asked), list(seeds), size, args.guidance, batch
+        )
         pictures += to_pictures(images)
     for i, ((prompt, seed), picture) in enumerate(zip(jobs, pictures, strict=True)):
         path = output / f"{i // args.images_per_prompt:05d}-{seed}.png"

@@ -52,8 +52,8 @@ class Scheduler:
         return x + c * randn(x_t.shape, generator, x_t.device) if c else x
 
     def _abar(self, t: Tensor | int, x: Tensor) -> Tensor:
-        abar = self.abar[torch.as_tensor(t).cpu()].to(x.device)
-        return abar.view(-1, 1, 1, 1)
+        abar = self.abar[t.cpu() if isinstance(t, Tensor) else t]
+        return abar.to(x.device).view(-1, 1, 1, 1) if abar.ndim else abar  # one number stays here: no device waits
 
 
 def randn(shape: Iterable[int], generator: Generators, device: str | torch.device = "cpu") -> Tensor:
@@ -66,7 +66,9 @@ def randn(shape: Iterable[int], generator: Generators, device: str | torch.devic
         noise = torch.cat([torch.randn(1, *shape[1:], generator=g) for g in generator])
     else:
         noise = torch.randn(shape, generator=generator)
-    return noise.to(device)
+    if torch.device(device).type == "cuda":
+        noise = noise.pin_memory()  # so that the host need not wait for the copy
+    return noise.to(device, non_blocking=True)
 
 
 def denoise(

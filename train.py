@@ -51,7 +51,10 @@ def parse_args(argv=None):
         "--ema", type=number(float, 0, 1), help="with diffusion: save an exponential average of the weights, e.g. 0.999"
     )
     add("--cache-latents", action="store_true", help="encode every image once, before the first update")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
+    add(
+        "--checkpointing", nargs="?", const="unet,decoder", choices=("unet", "decoder", "unet,decoder"),
+        help="recompute activations in the backward pass to save memory; alone: both",
+    )  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the networks; refused where that changes gradients")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (default: bfloat16 where the processor has it)")
@@ -65,6 +68,10 @@ def parse_args(argv=None):
     add("--keep", type=positive, default=2, help="states that are kept (default: 2)")
     add("--prompts", help="file of prompts for the grids and the final table (default: the base's own)")
     add("--output-dir", help="default: runs/METHOD-BASE, with a number where that is taken")
+    add("--plan", action="store_true", help="print arithmetic, memory and the settings that fit, and stop")
+    add(
+        "--gpu-memory", type=number(float, 1), metavar="GB", help="with --plan: of the GPU (default: 16, 24, 40 and 80)"
+    )
     add("--resume", metavar="RUN", help="go on with the run in this folder, with the flags that it was started with")
     add("--override", action="store_true", help="with --resume: take this call's flags though they change the result")
     args = parser.parse(argv)
@@ -90,6 +97,7 @@ import distributed  # noqa: E402
 import lora  # noqa: E402
 import metrics  # noqa: E402
 import monitor  # noqa: E402
+import plan  # noqa: E402
 import rewards  # noqa: E402
 import state  # noqa: E402
 import weights  # noqa: E402
@@ -99,6 +107,7 @@ from diffusion import pretraining_loss  # noqa: E402
 from imagerefl import imagerefl_loss, is_refl_update  # noqa: E402
 from pictures import grid, save_png, to_pictures  # noqa: E402
 from refl import refl_loss  # noqa: E402
+from rollout import Rollout  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from unet import UNet, UNetConfig, initialise  # noqa: E402
 
@@ -173,6 +182,11 @@ def generator_of(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def kind_of(args, update: int) -> str:
+    """The method of an update: ImageReFL's every fourth one is of ReFL."""
+    return "refl" if args.method == "imagerefl" and is_refl_update(update) else args.method
+
+
 def rate(args, update: int) -> float:
     """The learning rate of an update."""
     warm = min(1.0, (update + 1) / args.warmup) if args.warmup else 1.0
@@ -211,10 +225,13 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
         m.base = copy.deepcopy(m.unet).to(frozen).requires_grad_(False) if tunes else None
     if args.ema:
         m.ema = copy.deepcopy(m.unet).requires_grad_(False)
-    m.unet.checkpointing = m.vae.decoder.checkpointing = args.checkpointing
+    m.unet.checkpointing = "unet" in (args.checkpointing or "")
+    m.vae.decoder.checkpointing = "decoder" in (args.checkpointing or "")
     m.net = m.unet  # what the losses call
     if args.compile:
         compile_networks(args, m)
+    if tunes and frozen != torch.float32:
+        m.net = Rollout(m.net, m.unet, frozen, args.compile)
     return m
 
 
@@ -278,7 +295,7 @@ def loss_of(args, m, x0, prompts: list[str], update: int, generator) -> tuple[to
         prompts = ["" if drop else prompt for drop, prompt in zip(dropped, prompts, strict=True)]
         return pretraining_loss(m.net, SCHEDULER, x0, m.text(prompts, size), generator, args.snr_gamma)
     conditioning = m.text(prompts, size)
-    if args.method == "refl" or is_refl_update(update):
+    if kind_of(args, update) == "refl":
         shape = (len(prompts), m.vae.config.latent_channels, *(side // m.vae.factor for side in size))
         loss, log = refl_loss(m.net, m.vae, m.reward, SCHEDULER, shape, conditioning, prompts, generator, args.shift)
         return args.reward_scale * loss, log
@@ -354,6 +371,8 @@ def update_weights(args, m, optimizer, update: int, values: dict[str, float]) ->
 
 
 def main(args) -> None:
+    if args.plan:
+        return show_plan(args)
     folder = read_run(args) if args.resume else None
     config = weights.read_config(args.base, "unet")
     row = settings.of(args.base, config)
@@ -384,7 +403,9 @@ def main(args) -> None:
 
 def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Path | None) -> None:
     """All updates that are left, then the result; `folder` is the run's, None where another process writes it."""
-    optimizer = torch.optim.AdamW(m.parameters, args.lr, weight_decay=args.weight_decay, eps=ADAM_EPS)
+    how = {"weight_decay": args.weight_decay, "eps": ADAM_EPS, "fused": args.device != "cpu"}
+    optimizer = torch.optim.AdamW(m.parameters, args.lr, **how)
+    mfu = plan.Meter(args, m.unet.config, m.vae.config) if args.device != "cpu" else None
     modules = {"unet": torch.nn.ParameterList(m.parameters) if args.lora else m.unet}
     modules |= {"ema": m.ema} if m.ema else {}
     progress = {"update": 0, "position": 0, "skipped": 0, "in_a_row": 0}
@@ -401,6 +422,8 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
     with cli.stopping() as signals:
         for update in bar:
             began = time.time()
+            if isinstance(m.net, Rollout):
+                m.net.refresh()
             logs = add_gradients(args, m, stream, cache, update, progress["position"])
             distributed.add_up(p.grad for p in m.parameters)
             sums = [sum(log[key].item() for log in logs) for key in logs[0]]
@@ -410,6 +433,8 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
             values["seconds"] = round(time.time() - began, 4)
             if args.device != "cpu":
                 values["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            if mfu:
+                values["mfu"] = round(mfu(kind_of(args, update), values["seconds"]), 4)
             asked = range(progress["position"], progress["position"] + args.batch_size * args.accumulate)
             progress["update"], progress["position"] = update + 1, asked.stop
             progress["in_a_row"] = 0 if taken else progress["in_a_row"] + 1
@@ -471,8 +496,7 @@ def begin(args, m, row: settings.Settings, prompts: list[str], folder: Path, upd
 
 def note(args, folder: Path, update: int, values: dict[str, float], progress: dict, skipped: list[int]) -> None:
     """Add an update to `log.jsonl`. `skipped`: the indices of its prompts where no step was taken."""
-    kind = "refl" if args.method == "imagerefl" and is_refl_update(update) else args.method
-    row = {"update": update + 1, "kind": kind, "lr": rate(args, update)}
+    row = {"update": update + 1, "kind": kind_of(args, update), "lr": rate(args, update)}
     row |= {key: value if math.isfinite(value) else str(value) for key, value in values.items()}  # JSON has no nan
     if skipped:
         progress["skipped"] += 1
@@ -510,6 +534,14 @@ def memory_advice(args, error: Exception) -> str:
         f"out of memory at {args.batch_size} images of {args.resolution} pixels a pass, peak {peak / 1e9:.2f} GB "
         f"({(str(error) or 'of the CPU').splitlines()[0]}); try {', '.join(ways) or 'a smaller --resolution'}"
     )
+
+
+def show_plan(args) -> None:
+    """What a run with these flags would cost. Needs neither weights nor data."""
+    unet, vae = plan.configs(args.base)
+    args.data = args.data or "."
+    resolve(args, settings.of(args.base, unet.to_dict()))
+    print(plan.report(args, unet, vae))
 
 
 def read_run(args) -> Path:

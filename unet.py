@@ -342,7 +342,9 @@ class UNet(nn.Module):
         multiple = 2 ** (len(self.config.channels) - 1)
         if H % multiple or W % multiple:
             raise ValueError(f"latent sides must be multiples of {multiple}, got {H}x{W}")
-        emb = self.embed(torch.as_tensor(timesteps, device=latents.device).expand(B), pooled, time_ids)
+        if not isinstance(timesteps, Tensor):
+            timesteps = torch.full((B,), timesteps, device=latents.device)  # copied from nowhere: nothing waits
+        emb = self.embed(timesteps.to(latents.device).expand(B), pooled, time_ids)
         cell = self._recomputed if self.checkpointing and torch.is_grad_enabled() else Level.cell
 
         x = self.conv_in(latents.to(self.conv_in.weight.dtype))

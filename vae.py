@@ -219,7 +219,8 @@ class VAE(nn.Module):
 
     def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents in float32, drawn from a posterior as `encode` gives it."""
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        noise = torch.randn(mean.shape, generator=generator)
+        noise = (noise.pin_memory() if mean.is_cuda else noise).to(mean.device, non_blocking=True)
         return (mean.float() + (0.5 * logvar.float()).exp() * noise) * self.config.scale
 
     def sample(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -228,5 +229,9 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, H/8, W/8) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        z = (latents / self.config.scale).to(self.post_quant_conv.weight.dtype)
-        return self.decoder(self.post_quant_conv(z))
+        dtype = self.post_quant_conv.weight.dtype
+        z = (latents / self.config.scale).to(dtype)
+        if dtype == torch.float32:
+            return self.decoder(self.post_quant_conv(z))
+        with torch.autocast(z.device.type, enabled=False):  # else its norms ran in float32: twice the memory and time
+            return self.decoder(self.post_quant_conv(z))

@@ -174,9 +174,15 @@ def own_base(checkpoint: str | Path) -> str | None:
 
 
 def load_tuned(
-    checkpoint: str | Path, base: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    checkpoint: str | Path,
+    base: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    swap: bool = False,
 ) -> tuple[Callable, Callable]:
     """Base and tuned model as two callables with the UNet's arguments, as combined generation needs them.
+
+    swap: keep only one of two whole UNets in memory, the one called last.
 
     checkpoint: a run's folder, with `unet/` or an adapter (then both callables share one set of weights); the authors'
     published folder or its hub id, whose `original_unet/` then is the base UNet; any other source of a UNet, or an
@@ -192,7 +198,28 @@ def load_tuned(
         named = {unets.SDXL.context: "sdxl", unets.SD15.context: "sd15", unets.TINY.context: "tiny"}
         flag = named.get(width[place], "the folder that it was trained from")
         raise ValueError(f"{checkpoint}: takes text of width {width[place]}, the base {width[base]}; --base {flag}")
-    return load_unet(own_base(checkpoint) or base, device, dtype), load_unet(place, device, dtype)
+    base = own_base(checkpoint) or base
+    if swap:
+        return swapped(base, place, device, dtype)
+    return load_unet(base, device, dtype), load_unet(place, device, dtype)
+
+
+def swapped(base: str | Path, tuned: str | Path, device: str, dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """Two UNets in the memory of one: a call of one reads its weights, after those of the other are given back."""
+    held: dict[str | Path, UNet] = {}
+
+    def half(source: str | Path) -> Callable:
+        load_unet(source, "meta", dtype)  # what is wrong with it is said now, not after the base's steps
+
+        def call(*args, **kwargs) -> Tensor:
+            if source not in held:
+                held.clear()
+                held[source] = load_unet(source, device, dtype)
+            return held[source](*args, **kwargs)
+
+        return call
+
+    return half(base), half(tuned)
 
 
 def save_unet(

@@ -1,0 +1,222 @@
+"""What is there for speed changes nothing that is computed."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from recipe import filled, rnd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import plan
+import train
+import weights
+from combined import generate, switch_weights
+from refl import refl_loss
+from rollout import Rollout
+from scheduler import Scheduler
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+SCHEDULER = Scheduler(40)
+CONFIG = UNetConfig(channels=(32, 32), depths=(1, 0), layers=1, heads=(2, 2), context=16)
+TEXT = {"context": rnd("context", 2, 5, 16)}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+@pytest.fixture
+def unet():
+    return filled(UNet(CONFIG))
+
+
+@pytest.fixture
+def vae():
+    return filled(VAE(VAEConfig(channels=(32, 32), layers=1))).requires_grad_(False)
+
+
+def gradient_of(net, unet, vae) -> tuple[torch.Tensor, torch.Tensor]:
+    unet.zero_grad()
+    loss, _ = refl_loss(net, vae, brightness, SCHEDULER, (2, 4, 4, 4), TEXT, ["a", "b"], seeded())
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in unet.parameters()])
+
+
+def test_a_rollout_on_a_copy_of_the_same_precision_changes_nothing(unet, vae):
+    rollout = Rollout(unet, unet, torch.float32)
+    assert all(map(torch.equal, gradient_of(rollout, unet, vae), gradient_of(unet, unet, vae)))
+
+
+def test_the_copy_takes_the_steps_without_gradients_alone(unet, vae):
+    rollout = Rollout(unet, unet, torch.float32)
+    rollout.copy.load_state_dict({key: 0 * t for key, t in unet.state_dict().items()})
+    assert not torch.equal(gradient_of(rollout, unet, vae)[1], gradient_of(unet, unet, vae)[1])
+    assert all(p.grad is None for p in rollout.copy.parameters())
+    rollout.refresh()
+    assert all(map(torch.equal, gradient_of(rollout, unet, vae), gradient_of(unet, unet, vae)))
+
+
+def test_a_bf16_copy_errs_no_more_than_autocast(unet):
+    x, rollout = rnd("x", 2, 4, 8, 8), Rollout(unet, unet)
+    with torch.no_grad():
+        exact = unet(x, 301, **TEXT)
+        with torch.autocast("cpu", torch.bfloat16):
+            usual = (unet(x, 301, **TEXT) - exact).norm() / exact.norm()
+            ours = (rollout(x, 301, **TEXT) - exact).norm() / exact.norm()
+    assert 0 < ours < 1.5 * usual + 1e-3
+
+
+def test_the_rollout_follows_the_weights_in_training(tmp_path, monkeypatch):
+    """As on a GPU: each update begins with a copy of the weights that the last one left."""
+    seen = []
+
+    class Spy(Rollout):
+        def __call__(self, *args, **kwargs):
+            if not torch.is_grad_enabled():
+                pairs = zip(self.copy.parameters(), self.unet.parameters(), strict=True)
+                seen.append(all(torch.equal(a, b.bfloat16()) for a, b in pairs))
+            return super().__call__(*args, **kwargs)
+
+    def load(args, row, config, real=train.load_models):
+        m = real(args, row, config)
+        m.net = Spy(m.net, m.unet)
+        return m
+
+    monkeypatch.setattr(train, "Rollout", Spy)
+    monkeypatch.setattr(train, "load_models", load)
+    monkeypatch.setattr(train, "images_of", lambda *_: None)
+    monkeypatch.setattr(train, "measure", lambda *_: {"reward": [0.0, 0.0]})
+    flags = ["--method", "imagerefl", "--steps", "3", "--batch-size", "1", "--sample-every", "0", "--lr", "0.1"]
+    train.main(train.parse_args([*flags, "--dtype", "float32", "--output-dir", str(tmp_path / "run")]))
+    assert len(seen) > 3 and all(seen)
+
+
+def test_swapped_models_and_passes_sample_the_same_images(tmp_path):
+    """One UNet in memory instead of two, four images in passes of at most two."""
+    paths = [tmp_path / name for name in ("base", "tuned")]
+    tiny = weights.load_unet("tiny")
+    weights.save_unet(tiny, paths[0])
+    with torch.no_grad():
+        tiny.conv_out.bias.add_(0.1)
+    weights.save_unet(tiny, paths[1])
+    vae, text, scheduler = weights.load_vae("tiny"), weights.load_text("tiny"), Scheduler(3)
+    asked = (vae, text, scheduler, switch_weights(3, 2), ["owl"] * 3, [1, 2, 3], (32, 32), 2.0)
+    reads = []
+
+    def load(source, *args, real=weights.load_unet):
+        reads.append((source, args[0]))
+        return real(source, *args)
+
+    two = generate(*(weights.load_unet(path) for path in paths), *asked, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "load_unet", load)
+        one = generate(*weights.swapped(*paths, "cpu", torch.float32), *asked, 2)
+    assert torch.equal(one, two)
+    assert reads == [(paths[0], "meta"), (paths[1], "meta"), (paths[0], "cpu"), (paths[1], "cpu")]
+    assert torch.allclose(one, generate(*(weights.load_unet(path) for path in paths), *asked), atol=1e-4)
+
+
+def test_a_wrong_tuned_model_is_told_before_the_base_runs(tmp_path):
+    weights.save_unet(weights.load_unet("tiny"), tmp_path)
+    config = (tmp_path / "config.json").read_text().replace("160", "224")
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="keys do not fit"):
+        weights.swapped("tiny", tmp_path, "cpu", torch.float32)
+
+
+def test_counted_flops_are_the_closed_form():
+    conv, attention = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.functional.scaled_dot_product_attention
+    x, q = torch.zeros(2, 3, 4, 4), torch.zeros(1, 2, 10, 8)
+    assert plan.count(conv, x) == 2 * (2 * 8 * 16) * (3 * 9)
+    assert plan.count(attention, q, q, q) == 2 * 2 * (2 * 10 * 10 * 8)
+    wanted = q.clone().requires_grad_()
+    assert plan.count(attention, wanted, wanted, wanted, backward=True) == 3 * 2 * 2 * (2 * 10 * 10 * 8)
+
+
+def test_the_cost_of_an_image_adds_up():
+    """34.5 steps on average before ReFL's last one, 4.5 for ImageReFL from step 30."""
+    names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
+    costs = plan.per_image(dict(zip(names, (1, 3, 6, 2, 0.5), strict=True)))
+    assert costs["refl"] == 34.5 + 3 + 6 + 0.5
+    assert costs["imagerefl"] == 2 + 4.5 + 3 + 6 + 0.5 + 3
+    assert costs["3:1 mix"] == (3 * costs["imagerefl"] + costs["refl"]) / 4
+
+
+def test_followed_allocations_are_those_of_the_tensors():
+    with plan.Allocations() as memory:
+        a = torch.empty(1000)
+        b = (a + 1) + 2  # two more, one of which is given back
+        assert (memory.now, memory.peak) == (8000, 12000)
+        view = b[10:]
+        del a, b
+        assert memory.now == 4000
+        del view
+    assert memory.now == 0
+
+
+def test_tensors_without_data_need_the_memory_of_real_ones():
+    peaks = []
+    for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode, plan.Allocations() as memory:
+            loss = UNet(CONFIG)(torch.zeros(4, 4, 16, 16), 5, torch.zeros(4, 5, 16)).square().mean()
+            loss.backward()
+        peaks.append(memory.peak)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+
+
+def test_norms_are_float32_as_on_a_gpu_also_where_recomputed():
+    unet = UNet(CONFIG)
+    unet.checkpointing = True
+    with FakeTensorMode(allow_non_fake_inputs=True), plan.norms_in_float32():
+        norm = torch.nn.GroupNorm(2, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert norm(torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16)).dtype == torch.float32
+            loss = unet(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 5, 16)).square().mean()
+        loss.backward()  # raises where the recomputed tensors are of another type
+
+
+def test_the_plan_names_settings_that_fit(monkeypatch, capsys):
+    """Neither weights nor data are needed; recomputing begins where fewer than four images would fit."""
+    names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
+    need = {None: (20, 9), "decoder": (15, 3), "unet,decoder": (14, 1)}  # GB, and more for an image
+
+    def peak(args, unet, vae, batch, checkpointing):
+        fixed, each = need[checkpointing]
+        return 0, (fixed + each * batch) * 1e9
+
+    monkeypatch.setattr(plan, "flops", lambda *_: dict.fromkeys(names, 1e12))
+    monkeypatch.setattr(plan, "peak_memory", peak)
+    train.main(train.parse_args(["--base", "sd15", "--plan"]))
+    out = capsys.readouterr().out
+    for gigabytes, settings in {
+        16: "16.0  --batch-size 1 --accumulate 32 --checkpointing unet,decoder",
+        24: "23.0  --batch-size 8 --accumulate 4 --checkpointing unet,decoder",
+        40: "40.0  --batch-size 8 --accumulate 4 --checkpointing decoder",
+        80: "57.0  --batch-size 4 --accumulate 8\n",
+    }.items():
+        assert f"{gigabytes} GB    {settings}" in out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_in_a_pass_waits_for_the_gpu(unet, vae):
+    unet, vae = unet.cuda(), vae.cuda()
+    text = {key: t.cuda() for key, t in TEXT.items()}
+
+    def one_pass():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, _ = refl_loss(rollout, vae, brightness, SCHEDULER, (2, 4, 4, 4), text, ["a", "b"], seeded())
+        loss.backward()
+
+    rollout = Rollout(unet, unet)
+    one_pass()  # libraries set themselves up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one_pass()
+        rollout.refresh()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
