@@ -128,12 +128,17 @@ def fingerprint(*parts) -> str:
     return digest.hexdigest()[:8]
 
 
+def about(path: str) -> dict:
+    """The flags of a run, if the path is one."""
+    file = Path(path) / "run.json"
+    return files.read_json(file).get("args", {}) if file.is_file() else {}
+
+
 def method_of(checkpoint: str) -> tuple[str, str]:
     """Method and path of a `--checkpoint`, which names the method, or whose run.json or folders tell it."""
     method, _, path = checkpoint.rpartition("=")
-    about = Path(path) / "run.json"
-    if about.is_file():
-        method = method or files.read_json(about).get("args", {}).get("method")
+    if about(path):
+        method = method or about(path).get("method")
     elif not method and weights.own_base(path):
         method = "imagerefl"  # the authors' published folders
     if method not in NAMES:
@@ -267,15 +272,17 @@ def scorers_of(args, row: settings.Settings) -> tuple[dict[str, Scorer], list[st
 
 
 @torch.no_grad()
-def columns_of(path: Path, about: str, scorer: Scorer, images: Iterable[tuple[Tensor, list[str]]]) -> dict[str, Tensor]:
+def columns_of(
+    path: Path, made_for: str, scorer: Scorer, images: Iterable[tuple[Tensor, list[str]]]
+) -> dict[str, Tensor]:
     """What a scorer says of batches of images, from the file `path` if that holds it already."""
     if path.exists():
         with safe_open(path, framework="pt") as file:
-            if file.metadata()["about"] == about:
+            if file.metadata()["about"] == made_for:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     parts = [{k: v.float().cpu() for k, v in scorer(*batch).items()} for batch in images]
     columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    state.write(path, {key: t.clone() for key, t in columns.items()}, {"about": about})
+    state.write(path, {key: t.clone() for key, t in columns.items()}, {"about": made_for})
     return columns
 
 
@@ -327,7 +334,8 @@ def titles(args, row: settings.Settings, keys: Iterable[str]) -> list[dict]:
         "covdist": ("CovDist", "lower", 5),
         "logcovdist": ("LogCovDist", "lower", 3),
     }
-    known = {key: fixed.get(key, (key, "higher", 3 if key in ("tiny", "tiny2") else 2)) for key in keys}
+    fixed |= {key: (f"Reward {key}", "higher", 3) for key in rewards.NAMES if key.startswith("tiny")}
+    known = {key: fixed.get(key, (key, "higher", 2)) for key in keys}
     return [{"key": k, "title": t, "better": b, "digits": d} for k, (t, b, d) in known.items()]
 
 
@@ -365,7 +373,7 @@ def main(args) -> dict:
     jobs = [(p, seed) for p in range(len(prompts)) for seed in seeds]
     asked, group = [prompts[p] for p, _ in jobs], [p for p, _ in jobs]
 
-    about, real = json.dumps(jobs), None
+    made_for, real = json.dumps(jobs), None
     for name, scorer in scorers.items():
         if name.split(".")[0] in ("features", "inception"):
             source = fingerprint(args.reference or REFERENCE_SEED, args.resolution, len(jobs))
@@ -379,8 +387,10 @@ def main(args) -> dict:
             paths, columns = image_paths(args, point, jobs), {}
             for name, scorer in scorers.items():
                 file = folder / point.folder / f"{name}.safetensors"
-                columns |= columns_of(file, about, scorer, read_batches(args, paths, asked))
+                columns |= columns_of(file, made_for, scorer, read_batches(args, paths, asked))
             listed.append(asdict(point) | {"values": values_of(args, columns, real, group)})
+    trained = {about(method_of(c)[1]).get("reward") for c in args.checkpoint} - {None}
+    notes += [f"Tuned on {', '.join(sorted(trained))}; other rewards are held out."] * bool(trained)
     notes += dict.fromkeys(str(w.message) for w in caught)
     keys = list(listed[0]["values"])
     results = {

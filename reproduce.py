@@ -3,8 +3,7 @@
     python reproduce.py            # under two hours on two cores
     python reproduce.py --quick    # one seed, shorter: the same directions in a quarter of an hour
 
-Goes on where it was stopped. Writes `claims.md` into `runs/reproduction`, beside what `evaluate.py` writes for the base
-model with guidance, as in the paper, and without.
+Goes on where it was stopped. Writes what `evaluate.py` does, and `claims.md`, into `runs/reproduction`.
 """
 
 from cli import Parser, run
@@ -34,29 +33,30 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of a reproduction. Updates are the defaults, in the paper's proportion of 1 to 2."""
+    """The size of a reproduction: updates of each run, by its name and method.
+
+    ImageReFL is trained twice: with the paper's proportion to ReFL, two to one, and with as many updates as ReFL.
+    """
 
     seeds: tuple[int, ...] = (1, 2, 3)
-    refl: int = TINY.updates["refl"]
-    imagerefl: int = TINY.updates["imagerefl"]
-    evaluation: tuple[str, ...] = (
-        "--images-per-prompt=4",
-        "--sweep=switch=0,5,10,15,20,25,30,35",
-        "--sweep=aig=1,2,4",
+    updates: tuple[tuple[str, str, int], ...] = (
+        ("refl", "refl", TINY.updates["refl"]),
+        ("imagerefl", "imagerefl", TINY.updates["imagerefl"]),
+        ("imagerefl-half", "imagerefl", TINY.updates["refl"]),
     )
+    evaluation: tuple[str, ...] = ("--sweep=switch=0,5,10,15,20,25,30,35", "--sweep=aig=1,2,4")
 
 
 QUICK = Plan(
     seeds=(1,),
-    refl=40,
-    imagerefl=80,
-    evaluation=("--images-per-prompt=4", "--limit=32", "--sweep=switch=0,5,10,20,30,35", "--sweep=aig=1,2,4"),
+    updates=(("refl", "refl", 40), ("imagerefl", "imagerefl", 80), ("imagerefl-half", "imagerefl", 40)),
+    evaluation=("--limit=32", "--sweep=switch=0,10,20,30,35", "--sweep=aig=1,4"),
 )
 
 
-def train(folder: Path, method: str, seed: int, updates: int) -> Path:
+def train(folder: Path, name: str, method: str, seed: int, updates: int) -> Path:
     """Train one model unless it is there; a run that was stopped goes on."""
-    place = folder / f"{method}-{seed}"
+    place = folder / f"{name}-{seed}"
     command = [sys.executable, str(HERE / "train.py")]
     if not (place / "run.json").exists():
         command += ["--method", method, "--steps", str(updates), "--seed", str(seed), "--output-dir", str(place)]
@@ -72,22 +72,22 @@ class Curves:
     """The evaluated points of one seed, by method and kind."""
 
     def __init__(self, results: dict, folder: Path, seed: int):
-        self.points = results["points"]
-        self.base = next(p["values"] for p in self.points if p["checkpoint"] is None)
-        self.own = {m: str(folder / f"{m}-{seed}") for m in ("refl", "imagerefl")}
+        self.points, self.place = results["points"], lambda name: str(folder / f"{name}-{seed}")
+        bases = {p["label"]: p["values"] for p in self.points if p["checkpoint"] is None}
+        self.base, self.plain = bases["Base"], bases["Base, no guidance"]
 
-    def curve(self, method: str, kind: str) -> list[tuple[float, dict]]:
+    def curve(self, name: str, kind: str) -> list[tuple[float, dict]]:
         """(switch or power, values) in order; a switch curve ends in the base model."""
-        own = [p for p in self.points if p["checkpoint"] == self.own[method] and p["kind"] == kind]
+        own = [p for p in self.points if p["checkpoint"] == self.place(name) and p["kind"] == kind]
         curve = sorted(((p["value"], p["values"]) for p in own), key=lambda pair: pair[0])
         return curve + [(40, self.base)] * (kind == "switch")
 
-    def at(self, method: str, kind: str, value: float, key: str) -> float:
-        return dict(self.curve(method, kind))[value][key][0]
+    def at(self, name: str, switch: int, key: str) -> float:
+        return dict(self.curve(name, "switch"))[switch][key][0]
 
-    def at_diversity(self, method: str, kind: str, diversity: float, key: str) -> float | None:
+    def at_diversity(self, name: str, kind: str, diversity: float, key: str) -> float | None:
         """`key` on a curve where it has this diversity, by linear interpolation; None beyond its ends."""
-        known = [(v["diversity"][0], v[key][0]) for _, v in self.curve(method, kind)]
+        known = [(v["diversity"][0], v[key][0]) for _, v in self.curve(name, kind)]
         for (x0, y0), (x1, y1) in zip(known, known[1:], strict=False):
             if min(x0, x1) <= diversity <= max(x0, x1) and x0 != x1:
                 return y0 + (y1 - y0) * (diversity - x0) / (x1 - x0)
@@ -111,95 +111,80 @@ def table(title: str, rows: dict[str, list[float | None]]) -> list[str]:
     return lines + [f"| {name} | {said(values)} |" for name, values in rows.items()]
 
 
-def against_base(seeds: list[Curves], method: str) -> dict[str, list[float]]:
-    """Change of each value from the base model to the tuned one alone."""
+def against_base(seeds: list[Curves], name: str) -> dict[str, list[float]]:
+    """Change of each value from the base model to the tuned one alone, neither of them with guidance."""
     keys = KEYS | {"FID": "fid"}
-    return {n: [s.at(method, "switch", 0, key) - s.base[key][0] for s in seeds] for n, key in keys.items()}
+    return {n: [s.at(name, 0, key) - s.plain[key][0] for s in seeds] for n, key in keys.items()}
 
 
-def recovered(seeds: list[Curves], method: str, switch: int) -> dict[str, list[float]]:
-    """How much of what tuning changed is undone by a switch: 0 nothing, 1 all."""
+def undone(seeds: list[Curves], name: str, switch: int) -> dict[str, list[float]]:
+    """How much of what tuning changed a switch undoes, on the way to the base with guidance: 0 nothing, 1 all."""
     rows = {}
-    for name in ("diversity", "trained reward", "held-out reward"):
-        key = KEYS[name]
-        alone = [s.at(method, "switch", 0, key) for s in seeds]
-        mixed = [s.at(method, "switch", switch, key) for s in seeds]
+    for what in ("diversity", "trained reward"):
+        key = KEYS[what]
+        alone, mixed = ([s.at(name, n, key) for s in seeds] for n in (0, switch))
+        rows[what] = mixed
         shares = [(a - m) / (a - s.base[key][0]) for a, m, s in zip(alone, mixed, seeds, strict=True)]
-        rows[f"{evaluate.NAMES[method]}, switch {switch}: {name}, share undone"] = shares
-        rows[f"{evaluate.NAMES[method]}, switch {switch}: {name}"] = mixed
+        rows[f"{what}: share of the change undone"] = shares
     return rows
 
 
-def at_equal_diversity(seeds: list[Curves]) -> dict[str, list[float | None]]:
-    """ImageReFL at 30 + 10 minus ReFL Combined, and minus ReFL AIG, where their curves have its diversity."""
-    rows = {"diversity of ImageReFL": [s.at("imagerefl", "switch", 30, "diversity") for s in seeds]}
-    for name, kind in (("ReFL Combined", "switch"), ("ReFL AIG", "aig")):
+def at_equal_diversity(seeds: list[Curves], name: str) -> dict[str, list[float | None]]:
+    """A run of ImageReFL at 30 + 10 minus ReFL Combined, and minus ReFL AIG, where their curves have its diversity."""
+    rows = {"its diversity": [s.at(name, 30, "diversity") for s in seeds]}
+    for other, kind in (("ReFL Combined", "switch"), ("ReFL AIG", "aig")):
         for what in ("held-out reward", "right concept, %", "trained reward"):
             ahead = []
-            for s, diversity in zip(seeds, rows["diversity of ImageReFL"], strict=True):
-                other = s.at_diversity("refl", kind, diversity, KEYS[what])
-                ours = s.at("imagerefl", "switch", 30, KEYS[what])
-                ahead.append(None if other is None else ours - other)
-            rows[f"{what}, ahead of {name}"] = ahead
+            for s, diversity in zip(seeds, rows["its diversity"], strict=True):
+                theirs = s.at_diversity("refl", kind, diversity, KEYS[what])
+                ahead.append(None if theirs is None else s.at(name, 30, KEYS[what]) - theirs)
+            rows[f"{what}, ahead of {other}"] = ahead
     return rows
 
 
-def means(results: dict) -> list[str]:
-    """The table of results, a row for each way to sample: mean over the seeds ± its standard error."""
-    labels = dict.fromkeys(p["label"] for p in results["points"] if p["row"])
+def claims(results: dict, seeds: list[Curves], plan: Plan) -> str:
+    """Means over the seeds, then the claims as Markdown tables: mean ± standard error over the seeds, and each seed."""
+    titles = {name: f"{evaluate.NAMES[method]}, {updates} updates" for name, method, updates in plan.updates}
+    lines = means(results, seeds, titles)
+    for name, title in titles.items():
+        lines += table(f"1, 4. {title}, alone: change against the base", against_base(seeds, name))
+    for name, title in titles.items():
+        switch = 10 if name == "refl" else 30
+        lines += table(f"2. {title}, switch {switch}", undone(seeds, name, switch))
+    for name, title in titles.items():
+        if name != "refl":
+            lines += table(f"3. {title}, switch 30, at equal diversity", at_equal_diversity(seeds, name))
+    return "\n".join(lines) + "\n"
+
+
+def means(results: dict, seeds: list[Curves], titles: dict[str, str]) -> list[str]:
+    """The paper's table, a row for each way to sample: mean over the seeds ± its standard error."""
     columns = results["columns"]
     lines = ["| | " + " | ".join(c["title"] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for label in labels:
-        own = [p["values"] for p in results["points"] if p["row"] and p["label"] == label]
-        cells = [said([v[c["key"]][0] for v in own], c["digits"]).split(" | ")[0] for c in columns]
+
+    def row(label: str, values: list[dict]) -> None:
+        cells = [said([v[c["key"]][0] for v in values], c["digits"]).split(" | ")[0] for c in columns]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
+
+    row("Base", [seeds[0].base])
+    row("Base, no guidance", [seeds[0].plain])
+    for name, title in titles.items():
+        row(f"{title}, alone", [dict(s.curve(name, "switch"))[0] for s in seeds])
+        if name == "refl":
+            row(f"{title}, AIG", [dict(s.curve(name, "aig"))[1] for s in seeds])
+            row(f"{title}, combined 10 + 30", [dict(s.curve(name, "switch"))[10] for s in seeds])
+        else:
+            row(f"{title}, combined 30 + 10", [dict(s.curve(name, "switch"))[30] for s in seeds])
     return lines
-
-
-def claims(guided: list[Curves], plain: list[Curves]) -> str:
-    """The claims as Markdown tables: a line each, mean ± standard error over the seeds, and every seed.
-
-    A tuned model runs without guidance. So `plain`, where the base model does too, compares like with like; `guided`
-    is the paper's setting.
-    """
-    lines, sides = [], {"with guidance": guided, "without guidance": plain}
-    for name, seeds in sides.items():
-        values = ", ".join(f"{title} {seeds[0].base[key][0]:.3f}" for title, key in (KEYS | {"FID": "fid"}).items())
-        lines.append(f"The base model {name}: {values}.\n")
-    for name, seeds in sides.items():
-        for method in ("refl", "imagerefl"):
-            title = f"1, 4. {evaluate.NAMES[method]} alone, change against the base {name}"
-            lines += table(title, against_base(seeds, method))
-    for name, seeds in sides.items():
-        rows = recovered(seeds, "refl", 10) | recovered(seeds, "imagerefl", 30)
-        lines += table(f"2. Combined generation, the base {name}", rows)
-    for name, seeds in sides.items():
-        lines += table(f"3. ImageReFL at 30 + 10 at equal diversity, the base {name}", at_equal_diversity(seeds))
-    return "\n".join(lines) + "\n"
 
 
 def main(args) -> None:
     plan = QUICK if args.quick else Plan()
     folder = Path(args.output_dir or f"runs/reproduction{'-quick' * args.quick}")
-    runs = [
-        train(folder, method, seed, updates)
-        for seed in plan.seeds
-        for method, updates in (("refl", plan.refl), ("imagerefl", plan.imagerefl))
-    ]
-    sides, tables = [], []
-    for name, guidance in (("evaluation", TINY.guidance), ("evaluation-no-guidance", 1.0)):
-        asked = [f"--checkpoint={path}" for path in runs] + [f"--points={folder / 'points'}", *plan.evaluation]
-        results = evaluate.main(
-            evaluate.parse_args([*asked, f"--guidance={guidance}", f"--output-dir={folder / name}"])
-        )
-        sides.append([Curves(results, folder, seed) for seed in plan.seeds])
-        tables += [
-            f"Guidance of the base model {guidance:g}; mean over seeds ± standard error:",
-            "",
-            *means(results),
-            "",
-        ]
-    text = "\n".join(tables) + "\n" + claims(*sides)
+    runs = [train(folder, name, method, seed, n) for seed in plan.seeds for name, method, n in plan.updates]
+    asked = [f"--checkpoint={path}" for path in runs] + [f"--output-dir={folder}", *plan.evaluation]
+    results = evaluate.main(evaluate.parse_args([*asked, "--images-per-prompt=4"]))
+    text = claims(results, [Curves(results, folder, seed) for seed in plan.seeds], plan)
     state.write_text(folder / "claims.md", text)
     print("\n" + text)
 

@@ -122,15 +122,17 @@ def test_other_prompts_are_other_images(evaluated):
 
 
 def curves(*values: tuple[str, str, float, float, float]) -> reproduce.Curves:
-    def point(checkpoint, kind, value, diversity, reward):
+    def point(checkpoint, kind, value, diversity, reward, label=""):
         return {
+            "label": label,
             "checkpoint": checkpoint and f"{checkpoint}-1",
             "kind": kind,
             "value": value,
             "values": {"diversity": [diversity, 0.0], "tiny": [reward, 0.0]},
         }
 
-    points = [point(None, "switch", 40, 0.3, 0.5)] + [point(*v) for v in values]
+    points = [point(None, "switch", 40, 0.3, 0.5, label) for label in ("Base", "Base, no guidance")]
+    points += [point(*v) for v in values]
     return reproduce.Curves({"points": points}, Path(), 1)
 
 
@@ -139,6 +141,36 @@ def test_interpolates_the_curve_at_a_diversity():
     assert known.at_diversity("refl", "switch", 0.15, "tiny") == pytest.approx(0.8)
     assert known.at_diversity("refl", "switch", 0.25, "tiny") == pytest.approx(0.6)  # towards the base model
     assert known.at_diversity("refl", "switch", 0.05, "tiny") is None
+
+
+def test_the_claims_of_two_seeds():
+    plan = reproduce.Plan(seeds=(1, 2), updates=(("refl", "refl", 5), ("imagerefl", "imagerefl", 9)))
+
+    def values(diversity, trained, judge=0.0):
+        return {"diversity": [diversity, 0.0], "tiny": [trained, 0.0], "tiny2": [judge, 0.0]} | {
+            key: [0.0, 0.0] for key in ("concept", "fid")
+        }
+
+    points = [
+        ("Base", None, "switch", 40, values(0.3, 0.5)),
+        ("Base, no guidance", None, "switch", 40, values(0.4, 0.4)),
+    ]
+    for seed in (1, 2):
+        points += [
+            ("", f"refl-{seed}", "switch", 0, values(0.1, 0.9)),
+            ("", f"refl-{seed}", "aig", 1, values(0.2, 0.6)),
+        ]
+        points += [("", f"refl-{seed}", "switch", 10, values(0.15, 0.7 + 0.1 * seed))]
+        points += [("", f"imagerefl-{seed}", "switch", n, values(0.15, 0.86, 0.2)) for n in (0, 30)]
+    keys = ("label", "checkpoint", "kind", "value", "values")
+    columns = [{"key": "tiny", "title": "reward", "digits": 3}]
+    results = {"columns": columns, "points": [dict(zip(keys, point, strict=True)) for point in points]}
+    text = reproduce.claims(results, [reproduce.Curves(results, Path(), seed) for seed in (1, 2)], plan)
+    assert "| ReFL, 5 updates, combined 10 + 30 | 0.850 ± 0.050 |" in text
+    assert "| trained reward | 0.500 ± 0.000 | 0.500, 0.500 |" in text  # ReFL alone, against the base without guidance
+    assert "| diversity: share of the change undone | 0.250 ± 0.000 |" in text  # 0.1 -> 0.15 on the way to 0.3
+    assert "| trained reward, ahead of ReFL Combined | 0.010 ± 0.050 | 0.060, -0.040 |" in text
+    assert "| held-out reward, ahead of ReFL AIG | outside the curve | outside, outside |" in text
 
 
 def test_claims_give_mean_error_and_every_seed():
