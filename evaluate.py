@@ -205,7 +205,7 @@ def draw(args, row, points: list[Point], prompts: list[str], jobs: list[tuple[in
                 if not todo:
                     continue
                 asked, seeds = [prompts[p] for p, _ in part], [seed for _, seed in part]
-                with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                     made = generate_each(
                         base, tuned, vae, text, scheduler, [p.mixture(args.steps) for p in todo],
                         asked, seeds, size, guidance,

@@ -38,6 +38,7 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 PUBLISHED = {"sd15": (unets.SD15, vaes.SD15), "sdxl": (unets.SDXL, vaes.SDXL)}
+GB = 2**30  # as makers of GPUs count
 MEMORIES = (16, 24, 40, 80)  # GB of the GPUs that people have
 RESERVE = 1.0  # GB: what the driver keeps, and holes between allocations
 CHECKPOINTING = (None, "decoder", "unet,decoder")  # the more is recomputed, the slower
@@ -249,7 +250,6 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, checkpointin
                 lower(linear)
         trained = lora.add(m.unet, args.lora) if args.lora else list(m.unet.parameters())
         copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in m.unet.parameters()]  # for the rollout
-        copies += [] if args.lora else [torch.empty_like(p, dtype=torch.bfloat16) for p in m.unet.parameters()]  # base
         moments = [torch.empty_like(p) for p in (*trained, *trained)]
         for p in trained:
             p.grad = torch.empty_like(p)  # of the passes before
@@ -259,7 +259,7 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, checkpointin
         m.vae.decoder.checkpointing = "decoder" in (checkpointing or "")
         x = torch.empty(batch, vae.latent_channels, side, side)
         given = conditioning_of(unet, batch, torch.bfloat16)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=not m.unet.checkpointing):
             loss = 0
             if args.method != "diffusion":
                 loss, _ = reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, given, [""] * batch, None)
@@ -278,7 +278,7 @@ def fitting(args, unet: UNetConfig, vae: VAEConfig, gigabytes: float, known: dic
             known[checkpointing] = [peak_memory(args, unet, vae, batch, checkpointing)[1] for batch in (1, 2)]
         one, two = known[checkpointing]
         sizes = [n for n in range(1, images + 1) if images % n == 0]
-        needs = {n: (one + (n - 1) * (two - one)) / 1e9 + RESERVE for n in sizes}
+        needs = {n: (one + (n - 1) * (two - one)) / GB + RESERVE for n in sizes}
         fits = [n for n in sizes if needs[n] <= gigabytes]
         if fits and (max(fits) >= 4 or checkpointing == CHECKPOINTING[-1]):
             return max(fits), checkpointing, needs[max(fits)]
@@ -305,7 +305,10 @@ def report(args, unet: UNetConfig, vae: VAEConfig) -> str:
         lines.append(f"  {name:24}{value / 1e12:>10.3f}{images * value / 1e12:>12.1f}")
     if args.method == "diffusion":
         return "\n".join(lines)
-    lines += ["", f"memory on a GPU, predicted, not compiled (GB, with {RESERVE:g} for the driver), and settings"]
+    lines += [
+        "",
+        f"memory on a GPU, predicted, not compiled (GB of 2^30 bytes, with {RESERVE:g} for the driver), and settings",
+    ]
     known: dict = {}
     for gigabytes in [args.gpu_memory] if args.gpu_memory else MEMORIES:
         found = fitting(args, unet, vae, gigabytes, known)
@@ -318,5 +321,5 @@ def report(args, unet: UNetConfig, vae: VAEConfig) -> str:
         lines.append(f"  {gigabytes:>4g} GB  {said}")
     for checkpointing, (one, two) in known.items():
         name = checkpointing or "nothing"
-        lines.append(f"  recomputing {name:14}{one / 1e9:>8.2f} with one image, {(two - one) / 1e9:.2f} for each more")
+        lines.append(f"  recomputing {name:14}{one / GB:>8.2f} with one image, {(two - one) / GB:.2f} for each more")
     return "\n".join(lines)

@@ -195,8 +195,13 @@ def rate(args, update: int) -> float:
 
 
 def autocast(args):
-    """bf16 where it was asked for. Weights that train stay float32."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    """bf16 where it was asked for. Weights that train stay float32.
+
+    Where the UNet is recomputed on a GPU, its rounded weights are too, instead of being kept beside the others.
+    """
+    kind = torch.device(args.device).type
+    kept = kind == "cpu" or "unet" not in (args.checkpointing or "")
+    return torch.autocast(kind, torch.bfloat16, enabled=args.dtype == "bfloat16", cache_enabled=kept)
 
 
 def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
@@ -222,7 +227,7 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
         m.base, m.tuned = lora.halves(m.unet)  # one set of weights
     else:
         m.parameters, m.tuned = list(m.unet.parameters()), m.unet
-        m.base = copy.deepcopy(m.unet).to(frozen).requires_grad_(False) if tunes else None
+        m.base = copy.deepcopy(m.unet).to("cpu", frozen).requires_grad_(False) if tunes else None  # until it samples
     if args.ema:
         m.ema = copy.deepcopy(m.unet).requires_grad_(False)
     m.unet.checkpointing = "unet" in (args.checkpointing or "")
@@ -325,6 +330,8 @@ def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, s
 
     In plain diffusion there is no base: the model in training takes all steps, with guidance. (N, 3, H, W).
     """
+    if isinstance(m.base, UNet):
+        m.base.to(args.device)
     base, tuned = (m.ema or m.unet,) * 2 if args.method == "diffusion" else (m.base, m.tuned)
     asked, seeds = [p for p in prompts for _ in range(count)], list(range(count)) * len(prompts)
     made, chunk = [], 2 * args.batch_size
@@ -335,6 +342,8 @@ def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, s
                 asked[part], seeds[part], (args.resolution, args.resolution), row.guidance,
             )  # fmt: skip
         made.append(images.float())
+    if isinstance(m.base, UNet):
+        m.base.to("cpu")  # its place is needed for a pass
     if args.lora:
         lora.switch(m.unet, True)  # as training needs it
     return torch.cat(made)

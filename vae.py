@@ -178,15 +178,15 @@ class Decoder(nn.Module):
         )
         self.conv_norm_out = nn.GroupNorm(config.groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], 3, 3, padding=1)
-        self.checkpointing = False  # recompute each block in the backward pass instead of storing it
+        self.checkpointing = False  # recompute each layer in the backward pass instead of storing it
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
+        for layer in (layer for block in self.up_blocks for layer in [*block.resnets, *block.upsamplers]):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(layer, x, use_reentrant=False)
             else:
-                x = block(x)
+                x = layer(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 

@@ -187,7 +187,7 @@ def test_the_plan_names_settings_that_fit(monkeypatch, capsys):
 
     def peak(args, unet, vae, batch, checkpointing):
         fixed, each = need[checkpointing]
-        return 0, (fixed + each * batch) * 1e9
+        return 0, (fixed + each * batch) * plan.GB
 
     monkeypatch.setattr(plan, "flops", lambda *_: dict.fromkeys(names, 1e12))
     monkeypatch.setattr(plan, "peak_memory", peak)
