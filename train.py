@@ -150,12 +150,8 @@ def rate(args, update: int) -> float:
 
 
 def autocast(args):
-    """bf16 where it was asked for. Weights that train stay float32.
-
-    Where the UNet is recomputed on a GPU, its rounded weights are too, instead of being kept beside the others.
-    """
-    kept = args.device == "cpu" or "unet" not in (args.checkpointing or "")
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16", cache_enabled=kept)
+    """bf16 where it was asked for. Weights that train stay float32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def load_models(args, config: dict) -> SimpleNamespace:
