@@ -259,7 +259,7 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, checkpointin
         m.vae.decoder.checkpointing = "decoder" in (checkpointing or "")
         x = torch.empty(batch, vae.latent_channels, side, side)
         given = conditioning_of(unet, batch, torch.bfloat16)
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=not m.unet.checkpointing):
+        with torch.autocast("cpu", torch.bfloat16):
             loss = 0
             if args.method != "diffusion":
                 loss, _ = reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, given, [""] * batch, None)

@@ -195,13 +195,8 @@ def rate(args, update: int) -> float:
 
 
 def autocast(args):
-    """bf16 where it was asked for. Weights that train stay float32.
-
-    Where the UNet is recomputed on a GPU, its rounded weights are too, instead of being kept beside the others.
-    """
-    kind = torch.device(args.device).type
-    kept = kind == "cpu" or "unet" not in (args.checkpointing or "")
-    return torch.autocast(kind, torch.bfloat16, enabled=args.dtype == "bfloat16", cache_enabled=kept)
+    """bf16 where it was asked for. Weights that train stay float32."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:

@@ -76,7 +76,7 @@ class Sizes:
 SIZES = {
     "tiny": Sizes(unets.TINY, vaes.TINY, 8, 8, 8, 4, 1, 1, 1, torch.float32),  # a rehearsal
     "cpu": Sizes(MIDDLE_UNET, MIDDLE_VAE, 16, 32, 32, 16, 1, 2, 1, torch.float32),
-    "gpu": Sizes(unets.SD15, vaes.SD15, 64, 64, 128, 64, 8, 8, 4, torch.bfloat16),
+    "gpu": Sizes(unets.SD15, vaes.SD15, 64, 64, 128, 64, 8, 4, 8, torch.bfloat16),
 }
 
 
