@@ -438,7 +438,7 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
             if args.device != "cpu":
                 values["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             if mfu:
-                values["mfu"] = round(mfu(kind_of(args, update), values["seconds"]), 4)
+                values["mfu"] = round(mfu(kind_of(args, update), values["seconds"]) / distributed.COUNT, 4)
             asked = range(progress["position"], progress["position"] + args.batch_size * args.accumulate)
             progress["update"], progress["position"] = update + 1, asked.stop
             progress["in_a_row"] = 0 if taken else progress["in_a_row"] + 1
