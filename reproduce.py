@@ -77,20 +77,21 @@ class Curves:
         self.base, self.plain = bases["Base"], bases["Base, no guidance"]
 
     def curve(self, name: str, kind: str) -> list[tuple[float, dict]]:
-        """(switch or power, values) in order; a switch curve ends in the base model."""
-        own = [p for p in self.points if p["checkpoint"] == self.place(name) and p["kind"] == kind]
+        """(switch or power, values) in order, from the tuned model alone; a switch curve ends in the base model."""
+        own = [p for p in self.points if p["checkpoint"] == self.place(name)]
+        own = [p for p in own if p["kind"] == kind or (p["kind"], p["value"]) == ("switch", 0)]
         curve = sorted(((p["value"], p["values"]) for p in own), key=lambda pair: pair[0])
         return curve + [(40, self.base)] * (kind == "switch")
 
     def at(self, name: str, switch: int, key: str) -> float:
         return dict(self.curve(name, "switch"))[switch][key][0]
 
-    def at_diversity(self, name: str, kind: str, diversity: float, key: str) -> float | None:
-        """`key` on a curve where it has this diversity, by linear interpolation; None beyond its ends."""
-        known = [(v["diversity"][0], v[key][0]) for _, v in self.curve(name, kind)]
+    def where(self, name: str, kind: str, axis: str, value: float, key: str) -> float | None:
+        """`key` on a curve where `axis` has this value, by linear interpolation; None beyond its ends."""
+        known = [(v[axis][0], v[key][0]) for _, v in self.curve(name, kind)]
         for (x0, y0), (x1, y1) in zip(known, known[1:], strict=False):
-            if min(x0, x1) <= diversity <= max(x0, x1) and x0 != x1:
-                return y0 + (y1 - y0) * (diversity - x0) / (x1 - x0)
+            if min(x0, x1) <= value <= max(x0, x1) and x0 != x1:
+                return y0 + (y1 - y0) * (value - x0) / (x1 - x0)
         return None
 
 
@@ -129,16 +130,16 @@ def undone(seeds: list[Curves], name: str, switch: int) -> dict[str, list[float]
     return rows
 
 
-def at_equal_diversity(seeds: list[Curves], name: str) -> dict[str, list[float | None]]:
-    """A run of ImageReFL at 30 + 10 minus ReFL Combined, and minus ReFL AIG, where their curves have its diversity."""
-    rows = {"its diversity": [s.at(name, 30, "diversity") for s in seeds]}
+def at_equal(seeds: list[Curves], name: str, axis: str) -> dict[str, list[float | None]]:
+    """A run of ImageReFL at 30 + 10 minus ReFL Combined, and minus ReFL AIG, where their curves equal it in `axis`."""
+    rows = {axis: [s.at(name, 30, KEYS[axis]) for s in seeds]}
     for other, kind in (("ReFL Combined", "switch"), ("ReFL AIG", "aig")):
-        for what in ("held-out reward", "right concept, %", "trained reward"):
-            ahead = []
-            for s, diversity in zip(seeds, rows["its diversity"], strict=True):
-                theirs = s.at_diversity("refl", kind, diversity, KEYS[what])
-                ahead.append(None if theirs is None else s.at(name, 30, KEYS[what]) - theirs)
-            rows[f"{what}, ahead of {other}"] = ahead
+        for what, key in KEYS.items():
+            if what != axis:
+                theirs = [s.where("refl", kind, KEYS[axis], v, key) for s, v in zip(seeds, rows[axis], strict=True)]
+                ours = [s.at(name, 30, key) for s in seeds]
+                pairs = zip(ours, theirs, strict=True)
+                rows[f"{what}, more than {other}"] = [None if b is None else a - b for a, b in pairs]
     return rows
 
 
@@ -153,7 +154,8 @@ def claims(results: dict, seeds: list[Curves], plan: Plan) -> str:
         lines += table(f"2. {title}, switch {switch}", undone(seeds, name, switch))
     for name, title in titles.items():
         if name != "refl":
-            lines += table(f"3. {title}, switch 30, at equal diversity", at_equal_diversity(seeds, name))
+            for axis in ("diversity", "trained reward"):
+                lines += table(f"3. {title}, switch 30, at equal {axis}", at_equal(seeds, name, axis))
     return "\n".join(lines) + "\n"
 
 
@@ -171,7 +173,7 @@ def means(results: dict, seeds: list[Curves], titles: dict[str, str]) -> list[st
     for name, title in titles.items():
         row(f"{title}, alone", [dict(s.curve(name, "switch"))[0] for s in seeds])
         if name == "refl":
-            row(f"{title}, AIG", [dict(s.curve(name, "aig"))[1] for s in seeds])
+            row(f"{title}, AIG", [dict(s.curve(name, "aig"))[1.0] for s in seeds])
             row(f"{title}, combined 10 + 30", [dict(s.curve(name, "switch"))[10] for s in seeds])
         else:
             row(f"{title}, combined 30 + 10", [dict(s.curve(name, "switch"))[30] for s in seeds])

@@ -138,9 +138,9 @@ def curves(*values: tuple[str, str, float, float, float]) -> reproduce.Curves:
 
 def test_interpolates_the_curve_at_a_diversity():
     known = curves(("refl", "switch", 30, 0.2, 0.7), ("refl", "switch", 0, 0.1, 0.9))
-    assert known.at_diversity("refl", "switch", 0.15, "tiny") == pytest.approx(0.8)
-    assert known.at_diversity("refl", "switch", 0.25, "tiny") == pytest.approx(0.6)  # towards the base model
-    assert known.at_diversity("refl", "switch", 0.05, "tiny") is None
+    assert known.where("refl", "switch", "diversity", 0.15, "tiny") == pytest.approx(0.8)
+    assert known.where("refl", "switch", "diversity", 0.25, "tiny") == pytest.approx(0.6)  # towards the base model
+    assert known.where("refl", "switch", "diversity", 0.05, "tiny") is None
 
 
 def test_the_claims_of_two_seeds():
@@ -169,8 +169,10 @@ def test_the_claims_of_two_seeds():
     assert "| ReFL, 5 updates, combined 10 + 30 | 0.850 ± 0.050 |" in text
     assert "| trained reward | 0.500 ± 0.000 | 0.500, 0.500 |" in text  # ReFL alone, against the base without guidance
     assert "| diversity: share of the change undone | 0.250 ± 0.000 |" in text  # 0.1 -> 0.15 on the way to 0.3
-    assert "| trained reward, ahead of ReFL Combined | 0.010 ± 0.050 | 0.060, -0.040 |" in text
-    assert "| held-out reward, ahead of ReFL AIG | outside the curve | outside, outside |" in text
+    assert "| trained reward, more than ReFL Combined | 0.010 ± 0.050 | 0.060, -0.040 |" in text
+    assert "| held-out reward, more than ReFL AIG | 0.200 ± 0.000 |" in text  # between alone and power 1
+    assert "**3. ImageReFL, 9 updates, switch 30, at equal trained reward**" in text
+    assert "| diversity, more than ReFL AIG | 0.037 ± 0.000 |" in text  # 0.86 lies 13 % on the way from 0.9 to 0.6
 
 
 def test_claims_give_mean_error_and_every_seed():
