@@ -1,7 +1,7 @@
-"""Make the pictures of the documents from the tiny base and two finished runs.
+"""Make the pictures of the documents from the tiny base and the models of the reproduction.
 
-python train.py --method refl && python train.py --method imagerefl
-python docs/make_pictures.py       # docs/main.png, tiny/sheet.png
+python reproduce.py
+python docs/make_pictures.py       # docs/main.png, docs/tradeoff-*.svg, tiny/sheet.png
 """
 
 import sys
@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "reproduction"
 sys.path.insert(0, str(ROOT))
 import settings
+import state
 import weights
 from combined import generate, switch_weights
 from data import EmojiSet
@@ -36,12 +38,15 @@ def main() -> None:
     asked, all_seeds = [p for p in prompts for _ in seeds], seeds * len(prompts)
     rows = {
         "base model": sample(None, 40, asked, all_seeds),
-        "ReFL": sample("runs/refl-tiny", 0, asked, all_seeds),
-        "ReFL, combined generation (10 + 30)": sample("runs/refl-tiny", 10, asked, all_seeds),
-        "ImageReFL, combined generation (30 + 10)": sample("runs/imagerefl-tiny", 30, asked, all_seeds),
+        "ReFL": sample(f"{RUNS}/refl-1", 0, asked, all_seeds),
+        "ReFL, combined generation (10 + 30)": sample(f"{RUNS}/refl-1", 10, asked, all_seeds),
+        "ImageReFL, combined generation (30 + 10)": sample(f"{RUNS}/imagerefl-half-1", 30, asked, all_seeds),
     }
     heads = [f"{p}" if seed == seeds[0] else "" for p in prompts for seed in seeds]
     save_png(grid(list(rows.values()), list(rows), heads, cell=80), ROOT / "docs" / "main.png")
+
+    for name in ("tradeoff-tiny.svg", "tradeoff-tiny2.svg"):
+        state.write_text(ROOT / "docs" / name, (RUNS / name).read_text())
 
     emoji = EmojiSet(seed=7)
     shown = [emoji.describe(i) for i in range(48)]
