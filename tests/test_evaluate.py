@@ -144,7 +144,8 @@ def test_interpolates_the_curve_at_a_diversity():
 
 
 def test_the_claims_of_two_seeds():
-    plan = reproduce.Plan(seeds=(1, 2), updates=(("refl", "refl", 5), ("imagerefl", "imagerefl", 9)))
+    ways = (reproduce.Way("refl", "refl", 5), reproduce.Way("imagerefl", "imagerefl", 9))
+    plan = reproduce.Plan(ways=ways, seeds=(1, 2))
 
     def values(diversity, trained, judge=0.0):
         return {"diversity": [diversity, 0.0], "tiny": [trained, 0.0], "tiny2": [judge, 0.0]} | {
