@@ -6,6 +6,10 @@ The passes of an update are shared out, and the gradients added up once an updat
 from its number, not from the process that takes it, so that N processes make the update that one would make. There is
 no DistributedDataParallel: a loss calls the network up to eleven times, and its backward pass comes `--accumulate`
 times, where one sum at the end says all.
+
+With `--shard` each process keeps its part of the weights, gradients and moments (FSDP2), and every call of the network
+is one of all processes. Only calls with gradients go there, as many in each pass; the steps before them, whose number
+is drawn, and all pictures come from the whole copy that each process has in `rollout.py`.
 """
 
 import os
@@ -16,6 +20,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from unet import ResnetBlock, TransformerBlock, UNet
 
 RANK = int(os.environ.get("RANK", 0))
 COUNT = int(os.environ.get("WORLD_SIZE", 1))
@@ -34,12 +40,21 @@ def take_gpu() -> None:
 
 @contextmanager
 def group(device: str) -> Iterator[None]:
-    """Within: the processes that torchrun started know of each other. Nothing happens where this is the only one."""
+    """Within: the processes that torchrun started know of each other. Nothing happens where this is the only one.
+
+    Raises ValueError when one of them is gone.
+    """
     if COUNT == 1:
         yield
         return
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=PATIENCE)
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"process {RANK} of {COUNT}: another one is gone, its message says why ({reason})") from None
     dist.destroy_process_group()  # not after an error, when others may be gone: it would wait for them
 
 
@@ -60,15 +75,10 @@ def share(passes: int) -> range:
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes. Raises ValueError when one of them is gone."""
-    if COUNT == 1:
-        return
-    try:
+    """Replace each tensor by its sum over all processes."""
+    if COUNT > 1:
         for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
             work.wait()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"process {RANK} of {COUNT}: another one is gone, its message says why ({reason})") from None
 
 
 def total(numbers: list[float], device: str) -> list[float]:
@@ -76,3 +86,35 @@ def total(numbers: list[float], device: str) -> list[float]:
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
     add_up([sums])
     return sums.tolist()
+
+
+def shard(unet: UNet) -> None:
+    """Leave of every parameter, and so of gradients and moments, a part in each process. Gradients are summed."""
+    from torch.distributed.fsdp import fully_shard  # seconds to import
+
+    device = next(unet.parameters()).device.type
+    mesh = dist.init_device_mesh(device, (COUNT,))
+    blocks = [module for module in unet.modules() if isinstance(module, (ResnetBlock, TransformerBlock))]
+    for module in [*blocks, unet]:  # whole at a time: one block, and the little that is in none
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def whole(t: Tensor) -> Tensor:
+    """A tensor, put together where it is in parts: then a call of all processes."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def part(t: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, if `like`, of the same shape, is in parts."""
+    if not hasattr(like, "full_tensor") or t.shape != like.shape:
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def collect(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whole and on the CPU, in the first process alone; a call of all processes where they are in parts."""
+    return {key: t.cpu() for key, t in ((key, whole(t)) for key, t in tensors.items()) if RANK == 0}

@@ -10,6 +10,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+import distributed
+
 
 class Rollout:
     """Stands for a UNet in the losses: `net` where gradients are recorded, the copy of `unet` elsewhere.
@@ -25,7 +27,8 @@ class Rollout:
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the weights anew, into the same memory."""
-        torch._foreach_copy_(list(self.copy.parameters()), list(self.unet.parameters()))
+        for mine, theirs in zip(self.copy.parameters(), self.unet.parameters(), strict=True):
+            mine.copy_(distributed.whole(theirs))
 
     def __call__(self, x_t: Tensor, t: Tensor | int, context: Tensor, **conditioning: Tensor) -> Tensor:
         if torch.is_grad_enabled():

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import distributed
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -103,10 +105,20 @@ def checksum(tensors: dict[str, Tensor], info: str) -> str:
 
 def save(path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, info: dict) -> None:
     """Save what `load` needs to go on: named modules, the optimizer's state, and `info`."""
+    write_state(path, tensors_of(modules, optimizer), info)
+
+
+def tensors_of(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of a state, on the CPU; of sharded modules whole, in the first process: a call of all of them."""
     tensors = {f"{name}.{k}": t for name, module in modules.items() for k, t in module.state_dict().items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": t for k, t in moments.items()}
-    tensors, text = {k: t.cpu() for k, t in tensors.items()}, json.dumps(info)
+    return distributed.collect(tensors)
+
+
+def write_state(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
+    """Write the tensors of a state, and `info`."""
+    text = json.dumps(info)
     write(path, tensors, {"info": text, "sha256": checksum(tensors, text)})
 
 
@@ -141,11 +153,13 @@ def restore(path: str | Path, tensors: dict[str, Tensor], modules: dict, optimiz
             if other is None or other.shape != t.shape:
                 raise ValueError(f"{path}: saved from other networks: no {name}.{key} of shape {tuple(t.shape)} in it")
     for name, module in modules.items():
-        module.load_state_dict({k: tensors[f"{name}.{k}"] for k in module.state_dict()})
+        parts = {k: distributed.part(tensors[f"{name}.{k}"], t) for k, t in module.state_dict().items()}
+        module.load_state_dict(parts)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for key in (k for k in tensors if k.startswith("optimizer.")):
         _, i, name = key.split(".")
-        moments.setdefault(int(i), {})[name] = tensors[key]
+        moments.setdefault(int(i), {})[name] = distributed.part(tensors[key], parameters[int(i)])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -154,9 +168,9 @@ def states(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(path.stem.split("-")[1]), path) for path in folder.glob("step-*.safetensors")))
 
 
-def save_newest(folder: Path, modules: dict, optimizer: torch.optim.Optimizer, info: dict, keep: int) -> None:
+def save_newest(folder: Path, tensors: dict[str, Tensor], info: dict, keep: int) -> None:
     """Save the state after `info["update"]`, and remove all but the last `keep`, and any of later updates."""
-    save(folder / f"step-{info['update']:06d}.safetensors", modules, optimizer, info)
+    write_state(folder / f"step-{info['update']:06d}.safetensors", tensors, info)
     found = states(folder)
     kept = [update for update in found if update <= info["update"]][-keep:]
     for update in found.keys() - kept:

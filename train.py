@@ -55,6 +55,7 @@ def parse_args(argv=None):
         "--checkpointing", nargs="?", const="unet,decoder", choices=("unet", "decoder", "unet,decoder"),
         help="recompute activations in the backward pass to save memory; alone: both",
     )  # fmt: skip
+    add("--shard", action="store_true", help="under torchrun: each process keeps a part of the weights and moments")
     add("--compile", action="store_true", help="torch.compile the networks; refused where that changes gradients")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast (default: bfloat16 where the processor has it)")
@@ -114,15 +115,8 @@ from unet import UNet, UNetConfig, initialise  # noqa: E402
 SCHEDULER = Scheduler(40, eta=1.0)
 ADAM_EPS = 1e-15  # the loss is scaled by 1e-3 and less, so that Adam's usual 1e-8 would throttle the update
 SKIPS = 10  # updates in a row without a finite loss and gradient, after which a run stops
-HARMLESS = {
-    "resume",
-    "override",
-    "sample_every",
-    "monitor",
-    "save_every",
-    "save_minutes",
-    "keep",
-}  # no number changes with these
+# No number changes with these, or by a sum's order alone.
+HARMLESS = {"resume", "override", "shard", "sample_every", "monitor", "save_every", "save_minutes", "keep"}
 FIRST = distributed.RANK == 0  # this process alone writes
 
 
@@ -161,6 +155,11 @@ def resolve(args, row: settings.Settings) -> None:
         raise ValueError(f"--{'dino' if args.dino else 'stop-on-collapse'} goes with --monitor N")
     if args.cache_latents and args.method == "refl":
         raise ValueError("--cache-latents: ReFL uses no images, so there are no latents to keep")
+    for flag in ("lora", "ema", "compile", "plan"):
+        if args.shard and getattr(args, flag):
+            raise ValueError(f"--{flag} does not go with --shard; leave out one of them")
+    if args.shard and distributed.COUNT == 1:
+        raise ValueError("--shard spreads the weights over processes: torchrun --nproc-per-node N train.py ... --shard")
     distributed.check_passes(args.batch_size, args.accumulate)
 
 
@@ -230,8 +229,11 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
     m.net = m.unet  # what the losses call
     if args.compile:
         compile_networks(args, m)
-    if tunes and frozen != torch.float32:
+    if tunes and frozen != torch.float32 or args.shard:
         m.net = Rollout(m.net, m.unet, frozen, args.compile)
+    if args.shard:
+        distributed.shard(m.unet)
+        m.parameters, m.tuned = list(m.unet.parameters()), m.net.copy
     return m
 
 
@@ -327,7 +329,7 @@ def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, s
     """
     if isinstance(m.base, UNet):
         m.base.to(args.device)
-    base, tuned = (m.ema or m.unet,) * 2 if args.method == "diffusion" else (m.base, m.tuned)
+    base, tuned = (m.ema or m.tuned,) * 2 if args.method == "diffusion" else (m.base, m.tuned)
     asked, seeds = [p for p in prompts for _ in range(count)], list(range(count)) * len(prompts)
     made, chunk = [], 2 * args.batch_size
     for part in (slice(at, at + chunk) for at in range(0, len(asked), chunk)):
@@ -363,10 +365,13 @@ def update_weights(args, m, optimizer, update: int, values: dict[str, float]) ->
     """
     for group in optimizer.param_groups:
         group["lr"] = rate(args, update)
-    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(m.parameters, args.max_grad_norm or math.inf).item()
+    norm = torch.nn.utils.clip_grad_norm_(m.parameters, args.max_grad_norm or math.inf)
+    values["grad_norm"] = distributed.whole(norm).item()
     taken = all(map(math.isfinite, values.values()))
     if taken:
         optimizer.step()
+        if isinstance(m.net, Rollout):
+            m.net.refresh()
         if m.ema:
             decay = min(args.ema, (update + 1) / (update + 10))  # shorter at first, to forget the start
             torch._foreach_lerp_(list(m.ema.parameters()), m.parameters, 1 - decay)
@@ -415,6 +420,8 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
     progress = {"update": 0, "position": 0, "skipped": 0, "in_a_row": 0}
     if args.resume:
         progress |= state.load_newest(Path(args.resume) / "states", modules, optimizer)
+        if isinstance(m.net, Rollout):
+            m.net.refresh()
     stream = Stream(data, args.seed)
     cache = encode_all(args, m.vae, data) if args.cache_latents else None
     about = {"table": {}}
@@ -426,12 +433,12 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
     with cli.stopping() as signals:
         for update in bar:
             began = time.time()
-            if isinstance(m.net, Rollout):
-                m.net.refresh()
             logs = add_gradients(args, m, stream, cache, update, progress["position"])
-            distributed.add_up(p.grad for p in m.parameters)
+            if not args.shard:
+                distributed.add_up(p.grad for p in m.parameters)
             sums = [sum(log[key].item() for log in logs) for key in logs[0]]
-            *sums, stop = distributed.total([*sums, len(signals)], args.device)
+            late = FIRST and time.time() - saved >= 60 * (args.save_minutes or math.inf)
+            *sums, stop, late = distributed.total([*sums, len(signals), late], args.device)
             values = {key: value / args.accumulate for key, value in zip(logs[0], sums, strict=True)}
             taken = update_weights(args, m, optimizer, update, values)
             values["seconds"] = round(time.time() - began, 4)
@@ -448,13 +455,13 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
                 collapsed = distributed.total([warned and args.stop_on_collapse], args.device) == [1]
             last = bool(stop) or collapsed or update + 1 == args.steps
             stuck = not taken and progress["in_a_row"] % SKIPS == 0
+            saves = last or late or stuck or (update + 1) % args.save_every == 0
+            tensors = state.tensors_of(modules, optimizer) if saves and (FIRST or args.shard) else {}
             if FIRST:
                 note(args, folder, update, values, progress, [] if taken else [stream.index(n) for n in asked])
                 bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
-                minutes = (time.time() - saved) / 60
-                due = (update + 1) % args.save_every == 0 or minutes >= (args.save_minutes or math.inf)
-                if last or due or stuck:
-                    save(args, folder, modules, optimizer, progress, last)
+                if saves:
+                    save(args, folder, tensors, progress, last)
                     saved = time.time()
                 if args.sample_every and ((last and not stop) or (update + 1) % args.sample_every == 0):
                     show(args, m, row, prompts, folder / "samples" / f"step-{update + 1:06d}.png")
@@ -473,6 +480,9 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
                 break
     if stream.left_out:
         print(f"{len(stream.left_out)} images did not decode and were left out")
+    if args.shard:  # the result, put together, and no longer rounded
+        m.unet = m.net.copy.float()
+        m.net.refresh()
     if FIRST:
         finish(args, m, row, prompts, folder, about)
 
@@ -480,7 +490,7 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
 def begin(args, m, row: settings.Settings, prompts: list[str], folder: Path, update: int) -> dict:
     """Write what the run is, and how its base does, unless it goes on; returns the content of its `run.json`."""
     about = json.loads((folder / "run.json").read_text()) if args.resume else {"table": {}}
-    about["args"] = {k: v for k, v in vars(args).items() if k not in ("resume", "override", "given")}
+    about["args"] = {k: v for k, v in vars(args).items() if k not in ("resume", "override", "shard", "given")}
     about.pop("finished", None)
     if args.resume:
         for name in ("states", "unet"):
@@ -511,10 +521,10 @@ def note(args, folder: Path, update: int, values: dict[str, float], progress: di
     state.append(folder / "log.jsonl", json.dumps(row))
 
 
-def save(args, folder: Path, modules: dict, optimizer, progress: dict, last: bool) -> None:
+def save(args, folder: Path, tensors: dict, progress: dict, last: bool) -> None:
     """Save the state. Where that fails and training goes on, the next one may succeed: raises OSError at the last."""
     try:
-        state.save_newest(folder / "states", modules, optimizer, progress, args.keep)
+        state.save_newest(folder / "states", tensors, progress, args.keep)
     except OSError as error:
         if last:
             raise

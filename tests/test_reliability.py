@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 import cli
 import distributed
+import imagerefl
+import refl
 import rewards
 import state
 import train
@@ -222,7 +224,7 @@ def saved(folder: Path, updates, keep: int = 9):
     modules, optimizer = trained()
     for update in updates:
         modules["m"].bias.data.fill_(update)
-        state.save_newest(folder, modules, optimizer, {"update": update}, keep)
+        state.save_newest(folder, state.tensors_of(modules, optimizer), {"update": update}, keep)
     return modules, optimizer
 
 
@@ -391,7 +393,7 @@ def member(rank: int, port: str, errors: Path, mini, folder, flags: list[str], d
 def two_processes(tmp_path, mini, flags: list[str], dies: bool = False) -> list[int]:
     port = free_port()
     pids = [forked(member, r, port, tmp_path / f"{r}.txt", mini, tmp_path / "two", flags, dies) for r in range(2)]
-    return [wait(pid, 120) for pid in pids]
+    return [wait(pid, 300) for pid in pids]
 
 
 @pytest.mark.parametrize(
@@ -414,8 +416,76 @@ def test_two_processes_make_the_updates_of_one(flags, mini, tmp_path, fast):
         assert (one[f"unet.{key}"] - two[f"unet.{key}"]).norm() <= 0.02 * (one[f"unet.{key}"] - moved[key]).norm()
 
 
-def test_a_process_that_dies_ends_the_others(mini, tmp_path, fast):
-    flags = ["--method", "diffusion", "--steps", "3", "--accumulate", "2", "--save-every", "1"]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "imagerefl", "--max-grad-norm", "0.001"],
+        ["--method", "imagerefl", "--checkpointing"],
+        ["--method", "diffusion", "--accumulate", "4"],
+    ],
+    ids=lambda flags: " ".join(flags[1:]),
+)
+def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, fast, monkeypatch):
+    """Two updates by two processes with --shard, one by a single process, and one with --shard again."""
+    update_weights, draw_step, drawn = train.update_weights, refl.draw_step, []
+
+    def draw(*rest):
+        drawn.append(draw_step(*rest))
+        return drawn[-1]
+
+    def watched(args, m, optimizer, update, values):
+        kept = {"weights": m.parameters, "gradients": [p.grad for p in m.parameters]}
+        kept = {key: [t.to_local() if args.shard else t for t in tensors] for key, tensors in kept.items()}
+        seen = {key: sum(t.nbytes for t in tensors) for key, tensors in kept.items()} | {"drawn": drawn}
+        taken = update_weights(args, m, optimizer, update, values)
+        moments = [t for moments in optimizer.state.values() for key, t in moments.items() if key != "step"]
+        seen["moments"] = sum(t.to_local().nbytes if args.shard else t.nbytes for t in moments)
+        (tmp_path / f"seen-{distributed.COUNT}-{distributed.RANK}.json").write_text(json.dumps(seen))
+        return taken
+
+    monkeypatch.setattr(train, "update_weights", watched)
+    monkeypatch.setattr(imagerefl, "draw_step", draw)
+    monkeypatch.setattr(refl, "draw_step", draw)
+    two = tmp_path / "two"
+    flags = ["--batch-size", "1", "--accumulate", "2", *flags, "--save-every", "1", "--keep", "4", "--steps"]
+    assert two_processes(tmp_path, mini, [*flags, "2", "--shard"]) == [0, 0]
+    resume(two, "--steps", "3")
+    assert two_processes(tmp_path, mini, [*flags, "4", "--shard", "--resume", str(two)]) == [0, 0]
+    begin(mini, tmp_path / "one", *flags, "4")
+
+    whole, *parts = (json.loads((tmp_path / f"seen-{n}.json").read_text()) for n in ("1-0", "2-0", "2-1"))
+    assert "diffusion" in flags or parts[0].pop("drawn") != parts[1].pop("drawn")  # as many steps as each one draws
+    for part in parts:
+        for key in ("weights", "gradients", "moments"):
+            assert 0.45 * whole[key] < part[key] < 0.55 * whole[key], key
+    for row, same in zip(timeless(tmp_path / "one"), timeless(two), strict=True):
+        assert numbers(row) == pytest.approx(numbers(same), rel=1e-4)
+    start = weights.load_unet(mini).state_dict()
+    for update in range(1, 5):
+        paths = [state.states(folder / "states")[update] for folder in (tmp_path / "one", two)]
+        (a, info), (b, same) = map(state.read, paths)
+        assert info == same and a.keys() == b.keys()
+        for key, t in a.items():  # weights by what has changed, moments as they are
+            change = t - start[key[5:]] if key.startswith("unet.") else t
+            assert (t - b[key]).norm() <= 2e-3 * change.norm(), (update, key)
+    result = load_file(next(two.glob("unet/*.safetensors")))
+    assert all(torch.equal(result[key], b[f"unet.{key}"]) for key in start)
+
+
+def test_what_does_not_go_with_shard_is_refused(mini, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--shard spreads .*: torchrun"):
+        begin(mini, tmp_path, "--shard")
+    monkeypatch.setattr(distributed, "COUNT", 2)
+    for flag in (["--lora", "2"], ["--compile"], ["--plan"], ["--ema", "0.9", "--method", "diffusion"]):
+        with pytest.raises(ValueError, match=f"{flag[0]} does not go with --shard"):
+            begin(mini, tmp_path, "--shard", *flag)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [[], pytest.param(["--shard"], marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_the_others(flags, mini, tmp_path, fast):
+    flags = ["--method", "diffusion", "--steps", "3", "--accumulate", "2", "--save-every", "1", *flags]
     assert two_processes(tmp_path, mini, flags, dies=True) == [2, 7]
     assert "process 0 of 2: another one is gone" in (tmp_path / "0.txt").read_text()
     assert newest(tmp_path / "two").stem == "step-000001"
