@@ -24,12 +24,24 @@ def run(*flags: str) -> None:
     train.main(train.parse_args([*flags, "--dtype", "float32", "--batch-size", "2", "--sample-every", "0"]))
 
 
+@pytest.fixture
+def painted(monkeypatch):
+    """Noise instead of samples, where the test is not about them: 40 steps take their time."""
+    noise = torch.Generator().manual_seed(0)
+
+    def images(args, m, row, prompts, count, switch):
+        return torch.rand(len(prompts) * count, 3, 64, 64, generator=noise) * 2 - 1
+
+    monkeypatch.setattr(train, "images_of", images)
+
+
 def log_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_imagerefl_writes_what_it_promises(tmp_path, one_prompt, capsys):
     folder = tmp_path / "run"
+    vae = {key: t.clone() for key, t in weights.load_vae("tiny").state_dict().items()}
     run("--method", "imagerefl", "--steps", "4", "--prompts", one_prompt, "--output-dir", str(folder))
     log = log_of(folder)
     assert [row["kind"] for row in log] == ["imagerefl"] * 3 + ["refl"]
@@ -44,14 +56,18 @@ def test_imagerefl_writes_what_it_promises(tmp_path, one_prompt, capsys):
     table = json.loads((folder / "run.json").read_text())["table"]
     assert set(table) == {"base", "tuned", "--switch 30"}
     assert all(set(row) == {"reward", "judge", "diversity"} for row in table.values())
+    assert table["base"]["reward"] != table["tuned"]["reward"]  # the frozen copy is one
+    assert all(torch.equal(vae[key], t) for key, t in weights.load_vae("tiny").state_dict().items())
 
 
-def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(tmp_path, one_prompt, capsys, monkeypatch):
+def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(
+    tmp_path, one_prompt, painted, capsys, monkeypatch
+):
     seen = []
     monkeypatch.setattr(train.monitor, "overfits", lambda change: seen.append(change) or len(seen) == 3)
     monkeypatch.setattr(train.monitor, "changes", lambda first, now: {k: (now[k] - first[k]).tolist() for k in now})
     monkeypatch.setattr(train.monitor, "line", str)
-    flags = ["--monitor", "2", "--stop-on-collapse", "--lr", "1e-2", "--prompts", one_prompt]
+    flags = ["--monitor", "2", "--stop-on-collapse", "--prompts", one_prompt]
     run("--steps", "6", *flags, "--output-dir", str(tmp_path / "run"))
     log = log_of(tmp_path / "run")
     assert ["monitor_diversity" in row for row in log] == [False, True, False, True]  # ended after update 4 of 6
@@ -59,13 +75,13 @@ def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(tmp_path, 
     first = json.loads((tmp_path / "run" / "run.json").read_text())["monitor"]
     for row, change in zip((log[1], log[3]), seen[1:], strict=True):
         assert row["monitor_reward"] - first["reward"][0] == pytest.approx(change["reward"][0], abs=1e-4)
-        assert abs(change["diversity"][0]) > 1e-3
+        assert abs(change["diversity"][0]) > 1e-4
     output = capsys.readouterr()
     assert "update 4: the reward rises and all else falls" in output.err and "--stop-on-collapse" in output.out
     assert (tmp_path / "run" / "unet" / "config.json").is_file()
 
 
-def test_lora_trains_adapters_alone(tmp_path, one_prompt):
+def test_lora_trains_adapters_alone(tmp_path, one_prompt, painted):
     folder = tmp_path / "run"
     run("--method", "refl", "--lora", "2", "--steps", "1", "--prompts", one_prompt, "--output-dir", str(folder))
     assert (folder / "pytorch_lora_weights.safetensors").exists() and not (folder / "unet").exists()
@@ -101,14 +117,6 @@ def test_the_scale_of_the_loss_does_not_throttle_adam():
         moves.append(weight.detach().clone())
     assert torch.allclose(*moves, rtol=1e-3)
     assert moves[0].abs().min() > 0.029
-
-
-def test_frozen_copies_and_a_trained_one_share_no_weights(tmp_path, one_prompt):
-    before = {key: t.clone() for key, t in weights.load_vae("tiny").state_dict().items()}
-    run("--method", "refl", "--steps", "1", "--prompts", one_prompt, "--output-dir", str(tmp_path / "run"))
-    table = json.loads((tmp_path / "run" / "run.json").read_text())["table"]
-    assert table["base"]["reward"] != table["tuned"]["reward"]
-    assert all(torch.equal(before[key], t) for key, t in weights.load_vae("tiny").state_dict().items())
 
 
 def test_pictures_of_a_folder_train_and_bad_ones_are_counted(tmp_path, capsys):
