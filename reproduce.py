@@ -3,7 +3,8 @@
     python reproduce.py            # under two hours on two cores
     python reproduce.py --quick    # one seed, shorter: the same directions in ten minutes or so
 
-Goes on where it was stopped. Writes what `evaluate.py` does, and `claims.md`, into `runs/reproduction`.
+Goes on where it was stopped. Writes `claims.md` into `runs/reproduction`, and for each of three ways to train ImageReFL
+beside ReFL what `evaluate.py` does.
 """
 
 from cli import Parser, run
@@ -102,7 +103,7 @@ class Curves:
         """(switch or power, values) in order, from the tuned model alone; a switch curve ends in the base model."""
         own = [p for p in self.points if p["checkpoint"] == self.place(name)]
         own = [p for p in own if p["kind"] == kind or (p["kind"], p["value"]) == ("switch", 0)]
-        curve = sorted(((p["value"], p["values"]) for p in own), key=lambda pair: pair[0])
+        curve = sorted({p["value"]: p["values"] for p in own}.items())
         return curve + [(40, self.base)] * (kind == "switch")
 
     def at(self, name: str, switch: int, key: str) -> float:
@@ -205,9 +206,14 @@ def means(results: dict, seeds: list[Curves], plan: Plan) -> list[str]:
 def main(args) -> None:
     plan = QUICK if args.quick else Plan()
     folder = Path(args.output_dir or f"runs/reproduction{'-quick' * args.quick}")
-    places = [train(folder, way, seed) for seed in plan.seeds for way in plan.ways]
-    asked = [f"--checkpoint={path}" for path in places] + [f"--output-dir={folder}", *plan.evaluation]
-    results = evaluate.main(evaluate.parse_args([*asked, "--images-per-prompt=4"]))
+    places = {(way, seed): train(folder, way, seed) for seed in plan.seeds for way in plan.ways}
+    (refl, *others), points = plan.ways, []
+    for way in others:
+        asked = [f"--checkpoint={places[one, seed]}" for one in (refl, way) for seed in plan.seeds]
+        asked += [f"--points={folder / 'points'}", f"--output-dir={folder / way.name}", "--images-per-prompt=4"]
+        results = evaluate.main(evaluate.parse_args([*asked, *plan.evaluation]))
+        points += results["points"]
+    results |= {"points": points}
     text = claims(results, [Curves(results, folder, seed) for seed in plan.seeds], plan)
     state.write_text(folder / "claims.md", text)
     print("\n" + text)

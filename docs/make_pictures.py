@@ -46,7 +46,7 @@ def main() -> None:
     save_png(grid(list(rows.values()), list(rows), heads, cell=80), ROOT / "docs" / "main.png")
 
     for name in ("tradeoff-tiny.svg", "tradeoff-tiny2.svg"):
-        state.write_text(ROOT / "docs" / name, (RUNS / name).read_text())
+        state.write_text(ROOT / "docs" / name, (RUNS / "imagerefl-prior" / name).read_text())
 
     emoji = EmojiSet(seed=7)
     shown = [emoji.describe(i) for i in range(48)]
