@@ -135,7 +135,10 @@ def generate_each(
     parts = [slice(at, at + batch) for at in range(0, len(prompts), batch)]
     eps_base = in_passes(lambda part: guided(base, of(part, conditioning), of(part, empty), guidance), parts)
     eps_tuned = in_passes(lambda part: plain(tuned, of(part, conditioning)), parts)
-    made = combine_each(scheduler, eps_base, eps_tuned, mixtures, x_T, generators)
+    if len(mixtures) == 1:
+        made = [combine(scheduler, eps_base, eps_tuned, mixtures[0], x_T, generators)]
+    else:
+        made = combine_each(scheduler, eps_base, eps_tuned, mixtures, x_T, generators)
     return [torch.cat([vae.decode(x0[part]) for part in parts]) for x0 in made]
 
 

@@ -119,7 +119,7 @@ def fingerprint(*parts) -> str:
     for part in parts:
         paths = [part] if isinstance(part, Path) else []
         if isinstance(part, Path) and part.is_dir():
-            paths = sorted(p for p in part.rglob("*") if p.suffix in (".safetensors", ".json", ".bin", ".txt"))
+            paths = sorted(p for p in part.rglob("*") if p.is_file())
         for path in paths:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -182,7 +182,7 @@ def image_paths(args, point: Point, jobs: list[tuple[int, int]]) -> list[Path]:
     return [Path(args.output_dir, point.folder, f"{p:05d}-{seed}.png") for p, seed in jobs]
 
 
-def draw(args, row, points: list[Point], prompts: list[str], jobs: list[tuple[int, int]]) -> None:
+def draw(args, points: list[Point], prompts: list[str], jobs: list[tuple[int, int]]) -> None:
     """Make the images that are missing; each checkpoint is loaded once, and shared steps are taken once."""
     missing = [p for p in points if not all(path.exists() for path in image_paths(args, p, jobs))]
     if not missing:
@@ -325,7 +325,7 @@ def values_of(args, columns: dict[str, Tensor], real: Tensor | None, group: list
     return {key: [None if math.isnan(v) else v for v in pair] for key, pair in values.items()}
 
 
-def titles(args, row: settings.Settings, keys: Iterable[str]) -> list[dict]:
+def titles(row: settings.Settings, keys: Iterable[str]) -> list[dict]:
     """The table's columns in order: title, direction, digits."""
     fixed = {
         "concept": ("right concept, %", "higher", 1),
@@ -376,10 +376,11 @@ def main(args) -> dict:
     made_for, real = json.dumps(jobs), None
     for name, scorer in scorers.items():
         if name.split(".")[0] in ("features", "inception"):
-            source = fingerprint(args.reference or REFERENCE_SEED, args.resolution, len(jobs))
-            path = folder / "reference" / f"{name}.{source}.safetensors"
+            chosen = Path(args.reference) if args.reference else REFERENCE_SEED
+            source = fingerprint(chosen, args.resolution, len(jobs))
+            path = Path(args.points or folder / "points", "reference", f"{name}.{source}.safetensors")
             real = columns_of(path, "", scorer, reference_batches(args, len(jobs)))["fid"]
-    draw(args, row, points, prompts, jobs)
+    draw(args, points, prompts, jobs)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         listed = []
@@ -396,7 +397,7 @@ def main(args) -> dict:
     results = {
         "base": args.base, "steps": args.steps, "guidance": args.guidance, "resolution": args.resolution,
         "images_per_prompt": args.images_per_prompt, "seed": args.seed, "prompts": prompts,
-        "columns": titles(args, row, keys), "notes": notes,
+        "columns": titles(row, keys), "notes": notes,
         "axes": {"diversity": "diversity" if "diversity" in keys else None, "quality": args.rewards.split(",")},
         "points": listed,
     }  # fmt: skip
