@@ -70,9 +70,10 @@ def combine(
     weights: Sequence[float],
     x_t: Tensor,
     generator: Generators = None,
+    first: int = 0,
 ) -> Tensor:
-    """Noise (B, C, H, W) -> latents: every step with its own mix of the two predictors."""
-    for i in scheduler.steps:
+    """Noise (B, C, H, W) -> latents: every step, from index `first` on, with its own mix of the two predictors."""
+    for i in scheduler.steps[first:]:
         x_t = denoise(scheduler, mix(base, tuned, weights[i]), x_t, [i], generator)
     return x_t
 
@@ -87,8 +88,8 @@ def combine_each(
     i: int = 0,
 ) -> list[Tensor]:
     """What `combine` makes of each of several mixtures, from step i on; the steps that they share are taken once."""
-    if i == len(scheduler.steps):
-        return [x_t] * len(mixtures)
+    if all(weights == mixtures[0] for weights in mixtures):
+        return [combine(scheduler, base, tuned, mixtures[0], x_t, generators, i)] * len(mixtures)
     made = [x_t] * len(mixtures)
     for w in dict.fromkeys(weights[i] for weights in mixtures):
         own = [g.clone_state() for g in generators]  # every branch meets the same noise
@@ -135,10 +136,7 @@ def generate_each(
     parts = [slice(at, at + batch) for at in range(0, len(prompts), batch)]
     eps_base = in_passes(lambda part: guided(base, of(part, conditioning), of(part, empty), guidance), parts)
     eps_tuned = in_passes(lambda part: plain(tuned, of(part, conditioning)), parts)
-    if len(mixtures) == 1:
-        made = [combine(scheduler, eps_base, eps_tuned, mixtures[0], x_T, generators)]
-    else:
-        made = combine_each(scheduler, eps_base, eps_tuned, mixtures, x_T, generators)
+    made = combine_each(scheduler, eps_base, eps_tuned, mixtures, x_T, generators)
     return [torch.cat([vae.decode(x0[part]) for part in parts]) for x0 in made]
 
 
