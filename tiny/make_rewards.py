@@ -4,14 +4,16 @@
     python tiny/make_rewards.py tiny2    # likes the flat style and light backgrounds
 
 There are no human votes on emoji, so a rater is a formula (`utility`): it wants what the caption says, an undamaged
-picture, and a little of its own taste. A small CLIP is first trained contrastively, then on pairs with PickScore's
-objective: the preferred picture of two should get the higher softmax. Pictures are real compositions, damaged ones, and
-decoded ones from the tiny base itself, so that a tuned model does not find what the reward has never seen.
+picture, and a little of its own taste. People of one taste vote: the farther two pictures are apart, the more of them
+agree. A small CLIP is first trained contrastively, then with PickScore's objective: the softmax of two pictures' scores
+is the share of votes for each. Pictures are real compositions, damaged ones, and decoded ones from the tiny base
+itself, so that a tuned model does not find what the reward has never seen.
 """
 
 import argparse
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +29,13 @@ import weights
 from combined import guided, plain
 from data import Composition, EmojiSet
 from pictures import to_tensor
+from refl import shifted
 from scheduler import Scheduler, denoise, randn
+from settings import TINY
 from tiny.make_clip import TINY_DIR, build, normalise, tokenize, train
+
+CLEAR = 3.0  # of two pictures, sigmoid(CLEAR * difference in utility) of the votes go to the first
+CAPTIONS = 32  # in a batch, with four pictures each
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ def damage(image: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor,
 def decoded(emoji: EmojiSet, count: int, seed: int, device: str) -> list[Example]:
     """Pictures by the tiny base: real ones noised to a random step and denoised again, and wholly generated ones.
 
-    They show what their caption says, which names style and background; the earlier the step, the less sharp.
+    They show what their caption says, which names style and background, a little less sharp than the real ones.
     """
     unet, vae, text = (load("tiny", device) for load in (weights.load_unet, weights.load_vae, weights.load_text))
     scheduler, examples = Scheduler(40), []
@@ -125,7 +132,7 @@ def decoded(emoji: EmojiSet, count: int, seed: int, device: str) -> list[Example
             predict = guided(unet, words, empty, 2.0) if at % 128 else plain(unet, words)
             x = denoise(scheduler, predict, x, scheduler.steps[start:], generator)
             made = vae.decode(x).float().clamp(-1, 1).cpu()
-        examples += [Example(image, p, 0.25 * (1 - start / 40)) for image, p in zip(made, shows, strict=True)]
+        examples += [Example(image, p, 0.15) for image, p in zip(made, shows, strict=True)]
     return examples
 
 
@@ -148,8 +155,11 @@ def failures(folder: Path) -> list[Example]:
     return examples
 
 
-class Pairs:
-    """Pairs of examples and a caption, by rule: equal but for taste, one damaged, one wrong, or any two."""
+class Votes:
+    """Captions, four pictures for each, and what the rater thinks of them.
+
+    Two pictures show the caption's concept, one more does and is mostly damaged, and the fourth shows it or any.
+    """
 
     def __init__(self, emoji: EmojiSet, bank: list[Example], rater: Rater, seed: int):
         self.emoji, self.bank, self.rater = emoji, bank, rater
@@ -171,74 +181,93 @@ class Pairs:
             made = Example(image, made.shows, min(1.0, made.damage + much))
         return made
 
-    def draw(self) -> tuple[str, Example, Example]:
-        """A caption and two pictures, the preferred one first, and never nearly as good as the other."""
-        while True:
-            caption = self.emoji.describe(int(self.rng.integers(2**31))).caption
-            concept, kind = caption.split(", ")[0], self.rng.random()
-            first = self.example(concept, spoil=0.1)
-            second = self.example(concept if kind < 0.65 else None, spoil=0.6 if 0.35 < kind < 0.65 else 0.1)
-            gap = utility(self.rater, caption, first) - utility(self.rater, caption, second)
-            if abs(gap) > 0.15:
-                return (caption, first, second) if gap > 0 else (caption, second, first)
-
-    def batch(self, count: int) -> tuple[list[str], torch.Tensor]:
-        """Captions, and pictures (2, count, 3, 64, 64), the preferred ones first."""
-        captions, better, worse = zip(*(self.draw() for _ in range(count)), strict=True)
-        return list(captions), torch.stack([torch.stack([e.image for e in side]) for side in (better, worse)])
+    def batch(self, count: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        """Captions, pictures (count, 4, 3, 64, 64) and their utilities (count, 4)."""
+        captions = [self.emoji.describe(int(self.rng.integers(2**31))).caption for _ in range(count)]
+        rows = []
+        for caption in captions:
+            concept = caption.split(", ")[0]
+            other = concept if self.rng.random() < 0.5 else None
+            wanted = ((concept, 0.1), (concept, 0.1), (concept, 0.6), (other, 0.1))
+            rows.append([self.example(*which) for which in wanted])
+        liked = [[utility(self.rater, c, e) for e in row] for c, row in zip(captions, rows, strict=True)]
+        return captions, torch.stack([torch.stack([e.image for e in row]) for row in rows]), torch.tensor(liked)
 
 
 def scores(clip: CLIPModel, tokenizer, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-    """PickScore: exp(logit_scale) times the cosine of picture and caption. images (N, 3, 64, 64) -> (N,)."""
+    """PickScore: exp(logit_scale) times the cosine. K pictures (N K, 3, 64, 64) for each of N captions -> (N, K)."""
     pictures = F.normalize(clip.get_image_features(pixel_values=normalise(images)).pooler_output.float(), dim=1)
     tokens = {k: v.to(images.device) for k, v in tokenize(tokenizer, captions).items()}
     words = F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=1)
-    return clip.logit_scale.exp() * (pictures * words).sum(1)
+    return clip.logit_scale.exp() * torch.einsum("nkd,nd->nk", pictures.view(len(words), -1, words.shape[1]), words)
 
 
-def fine_tune(clip: CLIPModel, tokenizer, pairs: Pairs, steps: int, lr: float, device: str) -> None:
-    """PickScore's objective: the preferred picture of two gets the higher softmax. Pictures come a little noisy."""
+def differences(values: torch.Tensor) -> torch.Tensor:
+    """(N, 4) -> (N, 6): first minus second, for each pair of a row."""
+    first, second = torch.triu_indices(4, 4, offset=1)
+    return values[:, first] - values[:, second]
+
+
+def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, steps: int, lr: float, device: str) -> None:
+    """PickScore's objective: the softmax of two pictures' scores is the share of votes that each gets.
+
+    As `train.py` shows them to a reward, pictures come moved, and a little noisy.
+    """
     optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    generator = torch.Generator().manual_seed(votes.rater.seed)
     began, drawer = time.time(), ThreadPoolExecutor(1)  # draws the next batch while this one is learned
-    waiting = drawer.submit(pairs.batch, 64)
+    waiting = drawer.submit(votes.batch, CAPTIONS)
     for step in range(steps):
-        captions, images = waiting.result()
-        waiting = drawer.submit(pairs.batch, 64)
-        images = images.flatten(0, 1).to(device)
+        captions, images, liked = waiting.result()
+        waiting = drawer.submit(votes.batch, CAPTIONS)
+        images = shifted(images.flatten(0, 1), TINY.shift, generator).to(device)
         images = images + torch.randn_like(images) * 0.06 * torch.rand(len(images), 1, 1, 1, device=device)
         with torch.autocast(device, torch.bfloat16):
-            both = scores(clip, tokenizer, images, captions * 2).view(2, -1)
-        loss = F.softplus(both[1] - both[0]).mean()
+            score = scores(clip, tokenizer, images, captions)
+        share = (CLEAR * differences(liked)).sigmoid().to(device)
+        loss = F.binary_cross_entropy_with_logits(differences(score), share)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            right = (both[0] > both[1]).float().mean().item()
             seconds = (time.time() - began) / (step + 1)
-            print(f"pairs {step + 1}: loss {loss.item():.3f} right {right:.2f}, {seconds:.3f} s", flush=True)
+            least = (torch.special.entr(share) + torch.special.entr(1 - share)).mean()
+            print(f"votes {step + 1}: loss {loss.item():.3f} above {least:.3f}, {seconds:.3f} s", flush=True)
 
 
 @torch.no_grad()
-def held_out_accuracy(clip: CLIPModel, tokenizer, pairs: Pairs, count: int = 1024) -> float:
-    """Share of pairs never trained on that are ordered as the rater does."""
-    right = 0
-    for _ in range(count // 128):
-        captions, images = pairs.batch(128)
-        both = scores(clip, tokenizer, images.flatten(0, 1), captions * 2).view(2, -1)
-        right += (both[0] > both[1]).sum().item()
-    return right / count
+def held_out_accuracy(clip: CLIPModel, tokenizer, votes: Votes, count: int = 512) -> dict[str, float]:
+    """Percent of pairs never trained on that are ordered as the rater does, by what sets the two apart.
+
+    Pairs on which fewer than two of three votes agree are ties, and left out.
+    """
+    kinds = ("taste", "damage", "taste or concept", "damage", "taste or concept", "damage")
+    right, seen = Counter(), Counter()
+    for _ in range(count // 32):
+        captions, images, liked = votes.batch(32)
+        gap, got = differences(liked), differences(scores(clip, tokenizer, images.flatten(0, 1), captions))
+        clear = (CLEAR * gap.abs()).sigmoid() > 2 / 3
+        for column, kind in enumerate(kinds):
+            counted, agreed = clear[:, column], ((gap > 0) == (got > 0))[:, column]
+            for name in (kind, "all"):
+                seen[name] += counted.sum().item()
+                right[name] += (counted & agreed).sum().item()
+    return {name: round(100 * right[name] / seen[name], 1) for name in seen}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(RATERS))
-    parser.add_argument("--steps", type=int, default=300, help="updates of the contrastive part")
-    parser.add_argument("--pair-steps", type=int, default=400, help="updates on pairs")
+    parser.add_argument("--steps", type=int, default=1000, help="updates of the contrastive part")
+    parser.add_argument("--vote-steps", type=int, default=1200, help="updates on votes")
     parser.add_argument("--bank", type=int, default=1024, help="pictures by the tiny base")
     parser.add_argument("--failures", type=Path, help="go on with the reward that is there, against these pictures")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the votes and the bank: another one for each round, 0 to 9"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
@@ -247,21 +276,18 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(TINY_DIR / "base" / "tokenizer")
     folder = TINY_DIR / "rewards" / args.name
     emoji = EmojiSet(seed=200 + rater.seed)
-    bank = decoded(emoji, args.bank, 0, args.device)
+    bank = decoded(emoji, args.bank, 1_000_000 * args.seed, args.device)
     if args.failures:
-        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(args.device)
+        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(args.device)
         bank += failures(args.failures)
     else:
         clip = build(len(tokenizer), (96, 4), (64, 2)).to(args.device)
         train(clip, tokenizer, EmojiSet(seed=100 + rater.seed), args.steps, 128, 1e-3, args.device)
-    pairs = Pairs(emoji, bank, rater, seed=0)
-    fine_tune(clip, tokenizer, pairs, args.pair_steps, 3e-4, args.device)
+    fine_tune(clip, tokenizer, Votes(emoji, bank, rater, seed=args.seed), args.vote_steps, 5e-4, args.device)
 
     clip = clip.cpu().eval().half().float()  # as it is stored
-    held_out = Pairs(emoji, decoded(emoji, 256, 10_000_000, args.device), rater, seed=1)
-    print(
-        f"{args.name}: {held_out_accuracy(clip, tokenizer, held_out):.3f} of held-out pairs ordered as the rater does"
-    )
+    held_out = Votes(emoji, decoded(emoji, 256, 10_000_000, args.device), rater, seed=10)
+    print(f"{args.name}, % of held-out pairs ordered as the rater does: {held_out_accuracy(clip, tokenizer, held_out)}")
     clip.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
