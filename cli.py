@@ -66,6 +66,20 @@ def device(name: str | None) -> str:
     return name
 
 
+def dtype(device: str) -> str:
+    """The default type of arithmetic: bfloat16 on a GPU, and on a processor that has it."""
+    import torch
+
+    return "bfloat16" if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def autocast(args: argparse.Namespace):
+    """Within: matrix products in bf16, if `args.dtype` says so. Weights stay what they are."""
+    import torch
+
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
 def check_writable(folder: Path) -> None:
     """Raises OSError, before work begins, when `folder` can be neither made nor written to."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())

@@ -205,7 +205,7 @@ def draw(args, points: list[Point], prompts: list[str], jobs: list[tuple[int, in
                 if not todo:
                     continue
                 asked, seeds = [prompts[p] for p, _ in part], [seed for _, seed in part]
-                with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                with cli.autocast(args):
                     made = generate_each(
                         base, tuned, vae, text, scheduler, [p.mixture(args.steps) for p in todo],
                         asked, seeds, size, guidance,
@@ -347,12 +347,8 @@ def resolve(args, row: settings.Settings) -> list[str]:
     args.batch_size = args.batch_size or (64 if row is settings.TINY else 8)
     args.device = cli.device(args.device)
     cli.check_writable(Path(args.output_dir))
-    if args.dtype is None:
-        fast = args.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        args.dtype = "bfloat16" if fast else "float32"
-    levels = [len(weights.read_config(args.base, part)["block_out_channels"]) for part in ("unet", "vae")]
-    if args.resolution % (multiple := 2 ** (sum(levels) - 2)):
-        raise ValueError(f"--resolution {args.resolution}: must be a multiple of {multiple}")
+    args.dtype = args.dtype or cli.dtype(args.device)
+    weights.check_resolution(args.base, args.resolution)
     if args.reading not in metrics.READINGS:
         raise ValueError(f"--reading {args.reading}: there are {', '.join(metrics.READINGS)}")
     if args.prompts is None:

@@ -1,20 +1,98 @@
-"""The paper's Figure 2 while it happens: the trained reward rises, the held-out reward and the diversity fall.
+"""How a run does: fixed prompts with fixed seeds, sampled, shown and scored; and the paper's Figure 2 while it happens.
 
-`train.py --monitor N` samples fixed prompts with fixed seeds every N updates and compares them with the first look.
+`train.py` measures base and tuned model so, before and after. With `--monitor N` it looks every N updates whether the
+trained reward rises while the held-out reward and the diversity fall.
 """
 
+import sys
+from pathlib import Path
+
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from metrics import paired_difference
+import cli
+import lora
+import metrics
+import settings
+from combined import generate, switch_weights
+from pictures import grid, save_png, to_pictures
+from scheduler import Scheduler
+from unet import UNet
 
+SCHEDULER = Scheduler(40)
 ERRORS = 2.0  # a change counts from so many of its standard errors on
 
 Scores = dict[str, Tensor]  # "reward", "judge" and "diversity", those that are measured, one value a prompt (P,)
 
 
+@torch.no_grad()
+def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, switch: int) -> Tensor:
+    """`count` images a prompt, seeds 0, 1, ..., the base model taking the first `switch` of 40 steps.
+
+    In plain diffusion there is no base: the model in training takes all steps, with guidance. (N, 3, H, W).
+    """
+    if isinstance(m.base, UNet):
+        m.base.to(args.device)
+    base, tuned = (m.ema or m.tuned,) * 2 if args.method == "diffusion" else (m.base, m.tuned)
+    asked, seeds = [p for p in prompts for _ in range(count)], list(range(count)) * len(prompts)
+    made, chunk = [], 2 * args.batch_size
+    for part in (slice(at, at + chunk) for at in range(0, len(asked), chunk)):
+        with cli.autocast(args):
+            images = generate(
+                base, tuned, m.vae, m.text, SCHEDULER, switch_weights(40, switch),
+                asked[part], seeds[part], (args.resolution, args.resolution), row.guidance,
+            )  # fmt: skip
+        made.append(images.float())
+    if isinstance(m.base, UNet):
+        m.base.to("cpu")  # its place is needed for a pass
+    if args.lora:
+        lora.switch(m.unet, True)  # as training needs it
+    return torch.cat(made)
+
+
+def show(args, m, row: settings.Settings, prompts: list[str], path: Path) -> None:
+    """A grid of six fixed prompts and fixed seeds: the base model beside the tuned one."""
+    shown = prompts[:6]
+    sides = {"model": (4, 40)} if args.method == "diffusion" else {"base": (2, 40), "tuned": (2, 0)}
+    rows, heads = [[] for _ in shown], []
+    for name, (count, switch) in sides.items():
+        pictures = to_pictures(images_of(args, m, row, shown, count, switch))
+        rows = [cells + pictures[count * r : count * (r + 1)] for r, cells in enumerate(rows)]
+        heads += [f"{name}, seed {k}" for k in range(count)]
+    save_png(grid(rows, shown, heads), path)
+
+
+@torch.no_grad()
+def scores_of(images: Tensor, prompts: list[str], m) -> dict[str, Tensor]:
+    """Reward and judge of each image (N,), and the diversity among the images of each prompt (P,)."""
+    asked, scores = [p for p in prompts for _ in range(len(images) // len(prompts))], {}
+    for name, score in {"reward": m.reward, "judge": m.judge}.items():
+        if score is not None:
+            scores[name] = score(images, asked).float().cpu()
+    if m.features is not None:
+        scores["diversity"] = metrics.group_diversity(m.features(images), asked)
+    return scores
+
+
+def measure(images: Tensor, prompts: list[str], m) -> dict[str, list[float]]:
+    """Mean and standard deviation of each of `scores_of`."""
+    scores = scores_of(images, prompts, m)
+    return {key: [v.mean().item(), v.std(correction=min(1, len(v) - 1)).item()] for key, v in scores.items()}
+
+
+def layout(table: dict[str, dict[str, list[float]]]) -> str:
+    """The table as text: mean and standard deviation."""
+    columns = list(next(iter(table.values())))
+    lines = [f"{'':12}" + "".join(f"{column:>20}" for column in columns)]
+    for name, values in table.items():
+        lines.append(f"{name:12}" + "".join(f"{m:>12.4f} ± {s:.3f}" for m, s in (values[c] for c in columns)))
+    return "\n".join(lines)
+
+
 def changes(first: Scores, now: Scores) -> dict[str, tuple[float, float]]:
     """Mean change of each score since the first look, and its standard error over the prompts."""
-    return {key: paired_difference(now[key], first[key]) for key in now}
+    return {key: metrics.paired_difference(now[key], first[key]) for key in now}
 
 
 def overfits(change: dict[str, tuple[float, float]]) -> bool:
@@ -27,3 +105,17 @@ def overfits(change: dict[str, tuple[float, float]]) -> bool:
 def line(change: dict[str, tuple[float, float]]) -> str:
     """The changes in words: "reward +0.120 ± 0.010, judge -0.051 ± 0.012"."""
     return ", ".join(f"{key} {difference:+.3f} ± {error:.3f}" for key, (difference, error) in change.items())
+
+
+def look(args, m, row: settings.Settings, prompts: list[str], about: dict, update: int, values: dict) -> bool:
+    """Add to `values` what `--monitor` sees of the tuned model alone; warn, and return True, where it overfits."""
+    scores = scores_of(images_of(args, m, row, prompts, 4, 0), prompts, m)
+    per_prompt = {key: v.view(len(prompts), -1).mean(1) for key, v in scores.items()}
+    values |= {f"monitor_{key}": round(v.mean().item(), 5) for key, v in per_prompt.items()}
+    first = about.setdefault("monitor", {key: v.tolist() for key, v in per_prompt.items()})
+    change = changes({key: torch.tensor(v) for key, v in first.items()}, per_prompt)
+    warned = overfits(change)
+    if warned:
+        told = f"update {update + 1}: the reward rises and all else falls: {line(change)}"
+        tqdm.write(told, file=sys.stderr)
+    return warned

@@ -43,7 +43,8 @@ def parse_args(argv=None):
     )
     add("--images-per-prompt", type=positive, default=4)
     add("--batch-size", type=positive, help="images at a time (default: 8, tiny 32)")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where the processor has it")
+    add("--compile", action="store_true", help="torch.compile the networks: slow to start, pays for many images")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--output-dir", default="samples")
     return parser.parse(argv)
@@ -98,7 +99,9 @@ def main(args) -> None:
     if args.guidance is None:
         args.guidance = row.guidance if args.aig is None else 1.0  # the paper's AIG guides neither model
     args.device = cli.device(args.device)
+    args.dtype = args.dtype or cli.dtype(args.device)
     resolution = args.resolution or row.resolution
+    weights.check_resolution(args.base, resolution)
     batch = args.batch_size or (32 if row is settings.TINY else 8)
     if args.prompt and args.prompts:
         raise ValueError("--prompt and --prompts: give one of the two")
@@ -114,14 +117,11 @@ def main(args) -> None:
         except ValueError as error:
             raise ValueError(f"--switch {args.switch}: {error}") from None
 
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, None: None}[args.dtype]
-    dtype = dtype or (torch.bfloat16 if args.device != "cpu" else torch.float32)
-    base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype, args.aig is None)
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" and args.device != "cpu" else torch.float32
+    base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype, args.aig is None, args.compile)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
-
-    multiple = vae.factor * 2 ** (len(config["block_out_channels"]) - 1)
-    if resolution % multiple:
-        raise ValueError(f"--resolution {resolution}: must be a multiple of {multiple}")
+    if args.compile:
+        vae.decode = torch.compile(vae.decode)
 
     output, size = Path(args.output_dir), (resolution, resolution)
     jobs = [(p, args.seed + k) for p in prompts for k in range(args.images_per_prompt)]
@@ -129,9 +129,10 @@ def main(args) -> None:
     together = TOGETHER * batch
     for at in tqdm(range(0, len(jobs), together), desc="sampling", unit=f"{together} images"):
         asked, seeds = zip(*jobs[at : at + together], strict=True)
-        images = generate(
-            base, tuned, vae, text, scheduler, mixture, list(asked), list(seeds), size, args.guidance, batch
-        )
+        with cli.autocast(args):
+            images = generate(
+                base, tuned, vae, text, scheduler, mixture, list(asked), list(seeds), size, args.guidance, batch
+            )
         pictures += to_pictures(images)
     for i, ((prompt, seed), picture) in enumerate(zip(jobs, pictures, strict=True)):
         path = output / f"{i // args.images_per_prompt:05d}-{seed}.png"

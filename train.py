@@ -102,11 +102,9 @@ import plan  # noqa: E402
 import rewards  # noqa: E402
 import state  # noqa: E402
 import weights  # noqa: E402
-from combined import generate, switch_weights  # noqa: E402
 from data import Captions, Pictures, Stream, open_data, read_prompts  # noqa: E402
 from diffusion import pretraining_loss  # noqa: E402
 from imagerefl import imagerefl_loss, is_refl_update  # noqa: E402
-from pictures import grid, save_png, to_pictures  # noqa: E402
 from refl import refl_loss  # noqa: E402
 from rollout import Rollout  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
@@ -133,9 +131,7 @@ def resolve(args, row: settings.Settings) -> None:
     args.device = cli.device(args.device)
     if args.judge is None and args.reward == "tiny":
         args.judge = "tiny2"
-    if args.dtype is None:
-        fast = args.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        args.dtype = "bfloat16" if fast else "float32"
+    args.dtype = args.dtype or cli.dtype(args.device)
     if not 0 <= args.start < len(SCHEDULER.steps):
         raise ValueError(f"--start {args.start}: must be in 0..{len(SCHEDULER.steps) - 1}")
     if args.data is None and row is not settings.TINY:
@@ -193,11 +189,6 @@ def rate(args, update: int) -> float:
     return args.lr * warm * decay
 
 
-def autocast(args):
-    """bf16 where it was asked for. Weights that train stay float32."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
 def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
     """Everything with weights: `unet` trains, the rest is frozen; None for what the method does not need."""
     device, tunes = args.device, args.method != "diffusion"
@@ -249,7 +240,7 @@ def compile_networks(args, m) -> None:
     net, decode = torch.compile(m.unet), torch.compile(m.vae.decode)
 
     def gradient(f, of: list) -> torch.Tensor:
-        with autocast(args):
+        with cli.autocast(args):
             loss = f(x).float().square().mean()
         return torch.cat([g.float().flatten() for g in torch.autograd.grad(loss, of)])
 
@@ -270,7 +261,7 @@ def encode_all(args, vae, data) -> tuple[torch.Tensor, list[str]]:
     moments, captions = [], []
     for start in tqdm(range(0, len(data), 64), desc="encoding", unit="batch"):
         images, texts = zip(*(data[i] for i in range(start, min(start + 64, len(data)))), strict=True)
-        with autocast(args):
+        with cli.autocast(args):
             moments.append(torch.stack(vae.encode(torch.stack(images).to(args.device)), 1).half().cpu())
         captions += texts
     return torch.cat(moments), captions
@@ -313,49 +304,12 @@ def add_gradients(args, m, stream: Stream, cache, update: int, position: int) ->
     for part in distributed.share(args.accumulate):
         generator = generator_of(args.seed, update, part)
         stream.position = position + part * args.batch_size
-        with autocast(args):
+        with cli.autocast(args):
             x0, captions = next_batch(args, m, stream, cache, generator)
             loss, log = loss_of(args, m, x0, captions, update, generator)
         (loss / args.accumulate).backward()
         logs.append(log)
     return logs
-
-
-@torch.no_grad()
-def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, switch: int) -> torch.Tensor:
-    """`count` images a prompt, seeds 0, 1, ..., the base model taking the first `switch` of 40 steps.
-
-    In plain diffusion there is no base: the model in training takes all steps, with guidance. (N, 3, H, W).
-    """
-    if isinstance(m.base, UNet):
-        m.base.to(args.device)
-    base, tuned = (m.ema or m.tuned,) * 2 if args.method == "diffusion" else (m.base, m.tuned)
-    asked, seeds = [p for p in prompts for _ in range(count)], list(range(count)) * len(prompts)
-    made, chunk = [], 2 * args.batch_size
-    for part in (slice(at, at + chunk) for at in range(0, len(asked), chunk)):
-        with autocast(args):
-            images = generate(
-                base, tuned, m.vae, m.text, SCHEDULER, switch_weights(40, switch),
-                asked[part], seeds[part], (args.resolution, args.resolution), row.guidance,
-            )  # fmt: skip
-        made.append(images.float())
-    if isinstance(m.base, UNet):
-        m.base.to("cpu")  # its place is needed for a pass
-    if args.lora:
-        lora.switch(m.unet, True)  # as training needs it
-    return torch.cat(made)
-
-
-def show(args, m, row: settings.Settings, prompts: list[str], path: Path) -> None:
-    """A grid of six fixed prompts and fixed seeds: the base model beside the tuned one."""
-    shown = prompts[:6]
-    sides = {"model": (4, 40)} if args.method == "diffusion" else {"base": (2, 40), "tuned": (2, 0)}
-    rows, heads = [[] for _ in shown], []
-    for name, (count, switch) in sides.items():
-        pictures = to_pictures(images_of(args, m, row, shown, count, switch))
-        rows = [cells + pictures[count * r : count * (r + 1)] for r, cells in enumerate(rows)]
-        heads += [f"{name}, seed {k}" for k in range(count)]
-    save_png(grid(rows, shown, heads), path)
 
 
 def update_weights(args, m, optimizer, update: int, values: dict[str, float]) -> bool:
@@ -387,6 +341,7 @@ def main(args) -> None:
     row = settings.of(args.base, config)
     distributed.take_gpu()
     resolve(args, row)
+    weights.check_resolution(args.base, args.resolution)
     if FIRST and not args.resume:
         folder = new_folder(args)
         cli.check_writable(folder)
@@ -399,7 +354,6 @@ def main(args) -> None:
     try:
         with distributed.group(args.device):
             m = load_models(args, row, config)
-            check_size(args, m)
             with state.lock(folder) if FIRST else nullcontext():
                 if FIRST and not args.resume and new_folder(args) != folder:
                     raise ValueError(f"{folder}: another process has trained there meanwhile; start again")
@@ -451,7 +405,7 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
             progress["in_a_row"] = 0 if taken else progress["in_a_row"] + 1
             collapsed = False
             if args.monitor and (update + 1) % args.monitor == 0:
-                warned = FIRST and look(args, m, row, prompts, about, update, values)
+                warned = FIRST and monitor.look(args, m, row, prompts, about, update, values)
                 collapsed = distributed.total([warned and args.stop_on_collapse], args.device) == [1]
             last = bool(stop) or collapsed or update + 1 == args.steps
             stuck = not taken and progress["in_a_row"] % SKIPS == 0
@@ -464,7 +418,7 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
                     save(args, folder, tensors, progress, last)
                     saved = time.time()
                 if args.sample_every and ((last and not stop) or (update + 1) % args.sample_every == 0):
-                    show(args, m, row, prompts, folder / "samples" / f"step-{update + 1:06d}.png")
+                    monitor.show(args, m, row, prompts, folder / "samples" / f"step-{update + 1:06d}.png")
             if stuck:
                 raise ValueError(
                     f"{SKIPS} updates in a row had no finite loss and gradient; saved; try a lower --lr, "
@@ -499,12 +453,12 @@ def begin(args, m, row: settings.Settings, prompts: list[str], folder: Path, upd
         print(f"going on after update {update} of {folder}")
     state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
     if args.method != "diffusion" and "base" not in about["table"]:
-        about["table"]["base"] = measure(images_of(args, m, row, prompts, 4, 40), prompts, m)
+        about["table"]["base"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, 40), prompts, m)
     if args.monitor and "monitor" not in about:
-        look(args, m, row, prompts, about, update, {})
+        monitor.look(args, m, row, prompts, about, update, {})
     state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
     if args.sample_every and not update:
-        show(args, m, row, prompts, folder / "samples" / "step-000000.png")
+        monitor.show(args, m, row, prompts, folder / "samples" / "step-000000.png")
     return about
 
 
@@ -580,13 +534,6 @@ def read_run(args) -> Path:
     return folder
 
 
-def check_size(args, m) -> None:
-    """Raises ValueError when the networks cannot halve the resolution often enough."""
-    multiple = m.vae.factor * 2 ** (len(m.unet.config.channels) - 1)
-    if args.resolution % multiple:
-        raise ValueError(f"--resolution {args.resolution}: must be a multiple of {multiple}")
-
-
 def finish(args, m, row: settings.Settings, prompts: list[str], folder: Path, about: dict) -> None:
     """Write the result, and say how the samples changed and how to use it."""
     header = {"base": args.base, "method": args.method, "reward": str(args.reward), "step": str(args.steps)}
@@ -597,53 +544,12 @@ def finish(args, m, row: settings.Settings, prompts: list[str], folder: Path, ab
         weights.save_unet(m.ema or m.unet, folder / "unet", metadata=header)
     if args.method != "diffusion":
         switch, table = row.switch[args.method], about["table"]
-        table["tuned"] = measure(images_of(args, m, row, prompts, 4, 0), prompts, m)
-        table[f"--switch {switch}"] = measure(images_of(args, m, row, prompts, 4, switch), prompts, m)
-        print(f"\n{len(prompts)} prompts x 4 seeds, mean ± standard deviation\n{layout(table)}\n")
+        table["tuned"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, 0), prompts, m)
+        table[f"--switch {switch}"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, switch), prompts, m)
+        print(f"\n{len(prompts)} prompts x 4 seeds, mean ± standard deviation\n{monitor.layout(table)}\n")
         print(f"sample from it:  python sample.py --checkpoint {folder} --switch {switch}")
     state.write_text(folder / "run.json", json.dumps(about | {"finished": True}, indent=1) + "\n")
     print(f"written to {folder}")
-
-
-@torch.no_grad()
-def scores_of(images: torch.Tensor, prompts: list[str], m) -> dict[str, torch.Tensor]:
-    """Reward and judge of each image (N,), and the diversity among the images of each prompt (P,)."""
-    asked, scores = [p for p in prompts for _ in range(len(images) // len(prompts))], {}
-    for name, score in {"reward": m.reward, "judge": m.judge}.items():
-        if score is not None:
-            scores[name] = score(images, asked).float().cpu()
-    if m.features is not None:
-        scores["diversity"] = metrics.group_diversity(m.features(images), asked)
-    return scores
-
-
-def measure(images: torch.Tensor, prompts: list[str], m) -> dict[str, list[float]]:
-    """Mean and standard deviation of each of `scores_of`."""
-    scores = scores_of(images, prompts, m)
-    return {key: [v.mean().item(), v.std(correction=min(1, len(v) - 1)).item()] for key, v in scores.items()}
-
-
-def look(args, m, row: settings.Settings, prompts: list[str], about: dict, update: int, values: dict) -> bool:
-    """Add to `values` what `--monitor` sees of the tuned model alone; warn, and return True, where it overfits."""
-    scores = scores_of(images_of(args, m, row, prompts, 4, 0), prompts, m)
-    per_prompt = {key: v.view(len(prompts), -1).mean(1) for key, v in scores.items()}
-    values |= {f"monitor_{key}": round(v.mean().item(), 5) for key, v in per_prompt.items()}
-    first = about.setdefault("monitor", {key: v.tolist() for key, v in per_prompt.items()})
-    change = monitor.changes({key: torch.tensor(v) for key, v in first.items()}, per_prompt)
-    overfits = monitor.overfits(change)
-    if overfits:
-        line = f"update {update + 1}: the reward rises and all else falls: {monitor.line(change)}"
-        tqdm.write(line, file=sys.stderr)
-    return overfits
-
-
-def layout(table: dict[str, dict[str, list[float]]]) -> str:
-    """The table as text: mean and standard deviation."""
-    columns = list(next(iter(table.values())))
-    lines = [f"{'':12}" + "".join(f"{column:>20}" for column in columns)]
-    for name, values in table.items():
-        lines.append(f"{name:12}" + "".join(f"{m:>12.4f} ± {s:.3f}" for m, s in (values[c] for c in columns)))
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

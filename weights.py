@@ -114,10 +114,14 @@ def fill(module: nn.Module, place: Path, known: list[layouts.Layout], device: st
     return module.eval()
 
 
-def load_unet(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet:
+def load_unet(
+    source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, compiled: bool = False
+) -> UNet:
     """The UNet of a source: "tiny", "sd15", "sdxl", a folder (a pipeline's or its own), a single file or a hub id."""
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(read_config(source, "unet")))
+    if compiled:
+        unet.compile()  # when it is first called
     return fill(unet, find(source, "unet"), layouts.of_unet(unet.state_dict(), unet.config), device, dtype)
 
 
@@ -173,12 +177,21 @@ def own_base(checkpoint: str | Path) -> str | None:
     return str(place.parent) if whole else None
 
 
+def check_resolution(base: str | Path, pixels: int) -> None:
+    """Raises ValueError when the networks of `base` cannot halve a picture's side often enough."""
+    levels = [len(read_config(base, part)["block_out_channels"]) for part in ("unet", "vae")]
+    multiple = 2 ** (sum(levels) - 2)
+    if pixels % multiple:
+        raise ValueError(f"--resolution {pixels}: must be a multiple of {multiple}")
+
+
 def load_tuned(
     checkpoint: str | Path,
     base: str | Path,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     swap: bool = False,
+    compiled: bool = False,
 ) -> tuple[Callable, Callable]:
     """Base and tuned model as two callables with the UNet's arguments, as combined generation needs them.
 
@@ -190,7 +203,7 @@ def load_tuned(
     """
     place = find(checkpoint, "tuned_unet")
     if place.is_file() and layouts.is_adapter(read_file(place)):
-        unet = load_unet(base, device, dtype)
+        unet = load_unet(base, device, dtype, compiled)
         lora.load(unet, place)
         return lora.halves(unet)
     width = {source: UNetConfig.from_dict(read_config(source)).context for source in (base, place)}
@@ -200,11 +213,13 @@ def load_tuned(
         raise ValueError(f"{checkpoint}: takes text of width {width[place]}, the base {width[base]}; --base {flag}")
     base = own_base(checkpoint) or base
     if swap:
-        return swapped(base, place, device, dtype)
-    return load_unet(base, device, dtype), load_unet(place, device, dtype)
+        return swapped(base, place, device, dtype, compiled)
+    return load_unet(base, device, dtype, compiled), load_unet(place, device, dtype, compiled)
 
 
-def swapped(base: str | Path, tuned: str | Path, device: str, dtype: torch.dtype) -> tuple[Callable, Callable]:
+def swapped(
+    base: str | Path, tuned: str | Path, device: str, dtype: torch.dtype, compiled: bool = False
+) -> tuple[Callable, Callable]:
     """Two UNets in the memory of one: a call of one reads its weights, after those of the other are given back."""
     held: dict[str | Path, UNet] = {}
 
@@ -214,7 +229,7 @@ def swapped(base: str | Path, tuned: str | Path, device: str, dtype: torch.dtype
         def call(*args, **kwargs) -> Tensor:
             if source not in held:
                 held.clear()
-                held[source] = load_unet(source, device, dtype)
+                held[source] = load_unet(source, device, dtype, compiled)
             return held[source](*args, **kwargs)
 
         return call

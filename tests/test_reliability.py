@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import cli
 import distributed
 import imagerefl
+import monitor
 import refl
 import rewards
 import state
@@ -43,8 +44,8 @@ def fast(monkeypatch):
     monkeypatch.setattr(train.rewards, "build", build)
     monkeypatch.setattr(train.weights, "load_text", load_text)
     monkeypatch.setattr(train, "SCHEDULER", Scheduler(12))
-    monkeypatch.setattr(train, "images_of", lambda *_: None)
-    monkeypatch.setattr(train, "measure", lambda *_: {"reward": [0.0, 0.0]})
+    monkeypatch.setattr(monitor, "images_of", lambda *_: None)
+    monkeypatch.setattr(monitor, "measure", lambda *_: {"reward": [0.0, 0.0]})
 
 
 def begin(mini, folder, *flags: str) -> None:

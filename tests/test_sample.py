@@ -69,3 +69,17 @@ def test_help_needs_no_torch(script):
     code += f"try: runpy.run_path('{script}', run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "False"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["whole", "adapter"])
+def test_compiling_changes_no_image(checkpoint, tmp_path, base_unet):
+    source = base_unet if checkpoint == "whole" else str(sample.settings.TUNED)
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        flags += ["--checkpoint", source, "--switch", "2", "--dtype", "float32", "--output-dir", str(tmp_path / name)]
+        run("--prompt", "octopus", "--images-per-prompt", "1", *flags)
+    eager, compiled = (
+        torch.frombuffer(bytearray(pixels(tmp_path / n, "00000-1.png")), dtype=torch.uint8)
+        for n in ("eager", "compiled")
+    )
+    assert (eager.int() - compiled.int()).abs().max() <= 1

@@ -7,6 +7,7 @@ import torch
 from recipe import filled, rnd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import monitor
 import plan
 import train
 import weights
@@ -89,8 +90,8 @@ def test_the_rollout_follows_the_weights_in_training(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "Rollout", Spy)
     monkeypatch.setattr(train, "load_models", load)
-    monkeypatch.setattr(train, "images_of", lambda *_: None)
-    monkeypatch.setattr(train, "measure", lambda *_: {"reward": [0.0, 0.0]})
+    monkeypatch.setattr(monitor, "images_of", lambda *_: None)
+    monkeypatch.setattr(monitor, "measure", lambda *_: {"reward": [0.0, 0.0]})
     flags = ["--method", "imagerefl", "--steps", "3", "--batch-size", "1", "--sample-every", "0", "--lr", "0.1"]
     train.main(train.parse_args([*flags, "--dtype", "float32", "--output-dir", str(tmp_path / "run")]))
     assert len(seen) > 3 and all(seen)

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import monitor
 import train
 import weights
 from settings import TINY
@@ -32,7 +33,7 @@ def painted(monkeypatch):
     def images(args, m, row, prompts, count, switch):
         return torch.rand(len(prompts) * count, 3, 64, 64, generator=noise) * 2 - 1
 
-    monkeypatch.setattr(train, "images_of", images)
+    monkeypatch.setattr(monitor, "images_of", images)
 
 
 def log_of(folder) -> list[dict]:
@@ -64,9 +65,9 @@ def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(
     tmp_path, one_prompt, painted, capsys, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(train.monitor, "overfits", lambda change: seen.append(change) or len(seen) == 3)
-    monkeypatch.setattr(train.monitor, "changes", lambda first, now: {k: (now[k] - first[k]).tolist() for k in now})
-    monkeypatch.setattr(train.monitor, "line", str)
+    monkeypatch.setattr(monitor, "overfits", lambda change: seen.append(change) or len(seen) == 3)
+    monkeypatch.setattr(monitor, "changes", lambda first, now: {k: (now[k] - first[k]).tolist() for k in now})
+    monkeypatch.setattr(monitor, "line", str)
     flags = ["--monitor", "2", "--stop-on-collapse", "--prompts", one_prompt]
     run("--steps", "6", *flags, "--output-dir", str(tmp_path / "run"))
     log = log_of(tmp_path / "run")
