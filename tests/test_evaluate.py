@@ -180,3 +180,27 @@ def test_claims_give_mean_error_and_every_seed():
     assert reproduce.said([0.1, 0.2, 0.3]) == f"0.200 ± {0.1 / math.sqrt(3):.3f} | 0.100, 0.200, 0.300"
     assert reproduce.said([0.1, None]) == "0.100 | 0.100, outside"
     assert reproduce.said([None]) == "outside the curve | outside"
+
+
+def test_the_models_of_a_reproduction_are_trained_once_and_one_that_stopped_is_taken_up(tmp_path, monkeypatch):
+    calls, stops = [], {"imagerefl-2"}
+
+    def run(command, env, stdout, stderr):
+        place = Path(command[-1] if "--resume" in command else command[command.index("--output-dir") + 1])
+        calls.append((place.name, "--resume" in command, env["OMP_NUM_THREADS"]))
+        (place if place.name in stops else place / "unet").mkdir(parents=True)
+        (place / "run.json").write_text("{}")
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda _: range(2), raising=False)
+    ways = (reproduce.Way("refl", "refl", 5), reproduce.Way("imagerefl", "imagerefl", 9))
+    plan = reproduce.Plan(ways=ways, seeds=(1, 2))
+    with pytest.raises(ValueError, match="training stopped, see .*imagerefl-2.log"):
+        reproduce.train_all(tmp_path, plan)
+    names = ["imagerefl-1", "imagerefl-2", "refl-1", "refl-2"]
+    assert sorted(calls) == [(name, False, "1") for name in names]
+    calls.clear(), stops.clear()
+    places = reproduce.train_all(tmp_path, plan)
+    assert calls == [("imagerefl-2", True, "1")]
+    assert sorted(path.name for path in places.values()) == names

@@ -248,7 +248,8 @@ def held_out_accuracy(clip: CLIPModel, tokenizer, votes: Votes, count: int = 512
     right, seen = Counter(), Counter()
     for _ in range(count // 32):
         captions, images, liked = votes.batch(32)
-        gap, got = differences(liked), differences(scores(clip, tokenizer, images.flatten(0, 1), captions))
+        given = scores(clip, tokenizer, images.flatten(0, 1).to(clip.device), captions).cpu()
+        gap, got = differences(liked), differences(given)
         clear = (CLEAR * gap.abs()).sigmoid() > 2 / 3
         for column, kind in enumerate(kinds):
             counted, agreed = clear[:, column], ((gap > 0) == (got > 0))[:, column]

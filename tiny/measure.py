@@ -1,9 +1,9 @@
-"""Measure the tiny base by its held-out features: what README.md in this folder says of it.
+"""Measure the tiny base by its held-out features, and its rewards: what README.md in this folder says of them.
 
     python tiny/measure.py
 
-Every figure is also given for real emoji, whose value is the best that the features can see. Takes ten minutes on two
-cores.
+Every figure of the base is also given for real emoji, whose value is the best that the features can see. Takes ten
+minutes on two cores.
 """
 
 import argparse
@@ -13,9 +13,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import metrics
@@ -26,6 +28,8 @@ from combined import generate, switch_weights
 from data import Composition, EmojiSet
 from pictures import to_tensor
 from scheduler import Scheduler
+from tiny.make_clip import TINY_DIR
+from tiny.make_rewards import RATERS, Votes, damage, decoded, held_out_accuracy
 
 OPEN = ("octopus", "tiger", "red apple", "penguin", "rocket", "frog", "strawberry", "hamburger", "ghost", "owl")
 
@@ -98,6 +102,36 @@ def agree(a: list[str], b: list[str]) -> float:
     return 100 * sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
 
 
+@torch.no_grad()
+def scores_of(emoji: EmojiSet, paint: Painter, count: int, device: str) -> None:
+    """Print the rewards' mean values for what their raters tell apart, `count` pictures of each kind."""
+    shown = [emoji.describe(200_000 + i) for i in range(count)]
+    images, captions, rng = real(emoji, shown), [p.caption for p in shown], np.random.default_rng(0)
+    concepts = [p.concept for p in shown]
+    kinds = {"real": (images, captions)}
+    kinds |= {s: (real(emoji, [replace(p, style=s) for p in shown]), concepts) for s in emoji.styles}
+    kinds["base's samples"] = (paint(concepts), concepts)
+    kinds["damaged"] = (torch.stack([damage(image, rng)[0] for image in images]), captions)
+    kinds["wrong caption"] = (images, captions[1:] + captions[:1])
+    kinds["noise"] = (torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1), captions)
+    print("\n| reward | " + " | ".join(kinds) + " |")
+    for name in RATERS:
+        reward = rewards.load(name, device=device)
+        means = [reward(pictures.to(device), said).mean().item() for pictures, said in kinds.values()]
+        print(f"| `{name}` | " + " | ".join(f"{value:.2f}" for value in means) + " |")
+
+
+def pairs_of(device: str) -> None:
+    """Print how many held-out pairs the rewards order as their raters do, without and with the base's pictures."""
+    tokenizer = CLIPTokenizer.from_pretrained(TINY_DIR / "base" / "tokenizer")
+    for name, rater in RATERS.items():
+        clip = CLIPModel.from_pretrained(TINY_DIR / "rewards" / name, dtype=torch.float32).to(device)
+        emoji = EmojiSet(seed=4321)
+        for bank in ([], decoded(emoji, 256, 10_000_000, device)):
+            of = "real, damaged and the base's" if bank else "real and damaged"
+            print(f"{name}, % of {of}: {held_out_accuracy(clip, tokenizer, Votes(emoji, bank, rater, seed=10))}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -105,6 +139,8 @@ def main() -> None:
     args = parser.parse_args()
     emoji = EmojiSet(seed=30_000)
     judge, paint = Judge(emoji, args.device), Painter(args.device)
+    scores_of(emoji, paint, round(200 * args.share), args.device)
+    pairs_of(args.device)
 
     def report(what: str, base: float, true: float) -> None:
         print(f"{what:58} {base:8.3f} {true:8.3f}", flush=True)
