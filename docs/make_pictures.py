@@ -40,13 +40,13 @@ def main() -> None:
         "base model": sample(None, 40, asked, all_seeds),
         "ReFL": sample(f"{RUNS}/refl-1", 0, asked, all_seeds),
         "ReFL, combined generation (10 + 30)": sample(f"{RUNS}/refl-1", 10, asked, all_seeds),
-        "ImageReFL, combined generation (30 + 10)": sample(f"{RUNS}/imagerefl-half-1", 30, asked, all_seeds),
+        "ImageReFL, combined generation (30 + 10)": sample(f"{RUNS}/imagerefl-1", 30, asked, all_seeds),
     }
     heads = [f"{p}" if seed == seeds[0] else "" for p in prompts for seed in seeds]
     save_png(grid(list(rows.values()), list(rows), heads, cell=80), ROOT / "docs" / "main.png")
 
     for name in ("tradeoff-tiny.svg", "tradeoff-tiny2.svg"):
-        state.write_text(ROOT / "docs" / name, (RUNS / "imagerefl-prior" / name).read_text())
+        state.write_text(ROOT / "docs" / name, (RUNS / "imagerefl" / name).read_text())
 
     emoji = EmojiSet(seed=7)
     shown = [emoji.describe(i) for i in range(48)]
