@@ -143,7 +143,7 @@ def main() -> None:
     pairs_of(args.device)
 
     def report(what: str, base: float, true: float) -> None:
-        print(f"{what:58} {base:8.3f} {true:8.3f}", flush=True)
+        print(f"{what:58} {base:8.4f} {true:8.4f}", flush=True)
 
     print(f"{'':58} {'base':>8} {'real':>8}")
     # 8 pictures for each of 50 prompts
