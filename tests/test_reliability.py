@@ -122,7 +122,7 @@ def test_no_image_is_taken_twice_in_an_epoch_also_after_a_resumption(mini, tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(number, mini, tmp_path, fast, monkeypatch, capsys):
-    flags = ["--method", "diffusion", "--steps", "3", "--lr-schedule", "cosine"]
+    flags, before = ["--method", "diffusion", "--steps", "3", "--lr-schedule", "cosine"], signal.getsignal(number)
     begin(mini, tmp_path / "whole", *flags)
     loss_of = train.loss_of
     monkeypatch.setattr(train, "loss_of", lambda *a: (a[4] == 1 and os.kill(os.getpid(), number), loss_of(*a))[1])
@@ -132,7 +132,7 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(number, mini, 
     monkeypatch.setattr(train, "loss_of", loss_of)
     resume(tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
 
 
 def test_a_second_signal_stops_at_once(mini, tmp_path, fast, monkeypatch):

@@ -413,6 +413,7 @@ def write_vocabulary(folder: Path) -> None:
 def sampled(folder: Path, *flags) -> torch.Tensor:
     """The pixels, 0 .. 255, of the image that the command makes."""
     size = ["--prompt", "fox", "--images-per-prompt", "1", "--steps", "2", "--switch", "1", "--resolution", "64"]
+    size += ["--dtype", "float32"]
     sample.main(sample.parse_args([*map(str, flags), *size, "--output-dir", str(folder)]))
     return torch.tensor(list(Image.open(folder / "00000-1.png").tobytes()))
 
