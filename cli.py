@@ -80,6 +80,13 @@ def autocast(args: argparse.Namespace):
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
+def stored(args: argparse.Namespace):
+    """The type in which frozen networks are held: `args.dtype` on a GPU; on a CPU float32, bf16 is autocast's there."""
+    import torch
+
+    return torch.bfloat16 if args.dtype == "bfloat16" and args.device != "cpu" else torch.float32
+
+
 def check_writable(folder: Path) -> None:
     """Raises OSError, before work begins, when `folder` can be neither made nor written to."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())

@@ -7,6 +7,7 @@ The SVG stands alone (white ground, no fonts or scripts), and a page can restyle
 import math
 import re
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 METHODS = {"refl": "ReFL", "imagerefl": "ImageReFL"}
@@ -183,7 +184,7 @@ def curves(results: dict, quality: str) -> str:
             line.append(at[0])  # all steps to the base: the base model
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
         lines.append(f'<polyline {style[name][0]} points="{path}" stroke-width="{1 if many else 2}"/>')
-        for (x, y), (x2, y2) in zip(line, line[1:], strict=False):
+        for (x, y), (x2, y2) in pairwise(line):
             n = max(2, round(math.dist((x, y), (x2, y2)) / 3))
             spots += [(x + (x2 - x) * k / n, y + (y2 - y) * k / n) for k in range(n)]
 

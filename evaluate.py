@@ -187,8 +187,7 @@ def draw(args, points: list[Point], prompts: list[str], jobs: list[tuple[int, in
     missing = [p for p in points if not all(path.exists() for path in image_paths(args, p, jobs))]
     if not missing:
         return
-    lower = args.dtype == "bfloat16" and args.device != "cpu"  # on a CPU bf16 is autocast's
-    dtype = torch.bfloat16 if lower else torch.float32
+    dtype = cli.stored(args)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
     scheduler, size = Scheduler(args.steps), (args.resolution, args.resolution)
     for checkpoint in dict.fromkeys(p.checkpoint for p in missing):

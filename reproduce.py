@@ -24,6 +24,7 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
+from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 from statistics import mean, stdev  # noqa: E402
 
@@ -134,7 +135,7 @@ class Curves:
     def where(self, name: str, kind: str, axis: str, value: float, key: str) -> float | None:
         """`key` on a curve where `axis` has this value, by linear interpolation; None beyond its ends."""
         known = [(v[axis][0], v[key][0]) for _, v in self.curve(name, kind)]
-        for (x0, y0), (x1, y1) in zip(known, known[1:], strict=False):
+        for (x0, y0), (x1, y1) in pairwise(known):
             if min(x0, x1) <= value <= max(x0, x1) and x0 != x1:
                 return y0 + (y1 - y0) * (value - x0) / (x1 - x0)
         return None

@@ -117,7 +117,7 @@ def main(args) -> None:
         except ValueError as error:
             raise ValueError(f"--switch {args.switch}: {error}") from None
 
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" and args.device != "cpu" else torch.float32
+    dtype = cli.stored(args)
     base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype, args.aig is None, args.compile)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
     if args.compile:

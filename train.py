@@ -192,7 +192,7 @@ def rate(args, update: int) -> float:
 def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
     """Everything with weights: `unet` trains, the rest is frozen; None for what the method does not need."""
     device, tunes = args.device, args.method != "diffusion"
-    frozen = torch.bfloat16 if args.dtype == "bfloat16" and device != "cpu" else torch.float32
+    frozen = cli.stored(args)
     m = SimpleNamespace(base=None, reward=None, judge=None, features=None, ema=None)
     if tunes:
         m.reward = rewards.build(args.reward, args.reward_weights, device, frozen if frozen != torch.float32 else None)

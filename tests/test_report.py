@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -100,7 +101,7 @@ def test_every_point_is_once_in_the_curve_and_where_its_values_say(tmp_path):
     dots = {n: g.find(f"{SVG}circle") for n, g in groups.items()}
     x, y = ([float(dots[n].get(axis)) for n in sorted(dots)] for axis in ("cx", "cy"))
     for there in (x, y):  # values are 0, 1, 2, .. apart: so are places
-        steps = [b - a for a, b in zip(there, there[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(there)]
         assert steps == pytest.approx([steps[0]] * len(steps), abs=0.21) and steps[0] > 10
     bar, bar2 = ({k: float(v) for k, v in line.attrib.items()} for line in groups[3].iter(f"{SVG}line"))
     assert bar["y1"] == bar["y2"] == y[3] and bar2["x1"] == bar2["x2"] == x[3]
