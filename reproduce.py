@@ -1,6 +1,6 @@
 """Reproduce the paper's claims on the tiny base: train ReFL and ImageReFL with three seeds, evaluate, compare.
 
-    python reproduce.py            # about an hour on two cores
+    python reproduce.py            # an hour or more on two cores
     python reproduce.py --quick    # one seed, shorter: the same directions in ten minutes or so
 
 Goes on where it was stopped. Writes `claims.md` into `runs/reproduction`, and for each of two ways to train ImageReFL
