@@ -101,9 +101,12 @@ class Pictures:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
-        """Raises OSError when the file does not decode."""
+        """Raises OSError, with its name, when the file does not decode."""
         path, caption = self.rows[i]
-        picture = Image.open(path).convert("RGB")
+        try:
+            picture = Image.open(path).convert("RGB")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise OSError(f"{path}: does not decode ({error})") from None
         scale = self.resolution / min(picture.size)
         width, height = (max(self.resolution, round(side * scale)) for side in picture.size)
         left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
@@ -253,7 +256,7 @@ class Stream:
             i = self.index(n)
             try:
                 return self.data[i]
-            except (OSError, Image.DecompressionBombError):
+            except OSError:
                 if i not in self.left_out:
                     print(f"left out, does not decode: {self.data.rows[i][0]}", file=sys.stderr)
                 self.left_out.add(i)

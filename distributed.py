@@ -4,7 +4,7 @@
 
 The passes of an update are shared out, and the gradients added up once an update. Noise and images of a pass follow
 from its number, not from the process that takes it, so that N processes make the update that one would make. There is
-no DistributedDataParallel: a loss calls the network up to eleven times, and its backward pass comes `--accumulate`
+no DistributedDataParallel: a loss calls the network up to forty times, and its backward pass comes `--accumulate`
 times, where one sum at the end says all.
 
 With `--shard` each process keeps its part of the weights, gradients and moments (FSDP2), and every call of the network

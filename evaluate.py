@@ -265,6 +265,7 @@ def scorers_of(args, row: settings.Settings) -> tuple[dict[str, Scorer], list[st
     if args.inception and args.reference:
         extract = metrics.inception_features(args.inception, args.device)
         found[f"inception.{fingerprint(Path(args.inception))}"] = feature_scorer("fid", extract)
+        notes += reading_notes(args.reading)
     else:
         notes.append("No FID, CovDist, LogCovDist: they need --inception, pytorch-fid's weight file, and --reference.")
     return found, notes
@@ -322,6 +323,16 @@ def values_of(args, columns: dict[str, Tensor], real: Tensor | None, group: list
         elif key != "diversity":
             values[key] = metrics.mean_and_error(column, group)
     return {key: [None if math.isnan(v) else v for v in pair] for key, pair in values.items()}
+
+
+def reading_notes(name: str) -> list[str]:
+    """How far CovDist and LogCovDist, on FID's features and against `--reference`, are from what a reading says."""
+    reading, notes = metrics.READINGS[name], []
+    if reading.features != "inception":
+        notes.append(f"--reading {name} was defined on {reading.features} features; here it is on Inception's.")
+    if reading.reference != "real images":
+        notes.append(f"--reading {name} compares with pictures of the {reading.reference}; give them as --reference.")
+    return notes
 
 
 def titles(row: settings.Settings, keys: Iterable[str]) -> list[dict]:

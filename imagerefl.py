@@ -30,8 +30,8 @@ def imagerefl_loss(
     conditioning: dict,
     prompts: list[str],
     generator: torch.Generator,
-    reward_scale: float = 1.0,
-    diffusion_scale: float = 0.01,
+    reward_scale: float = 1e-3,
+    diffusion_scale: float = 1e-5,
     shift: int = 0,
 ) -> tuple[Tensor, dict]:
     """Eqs. (4) and (5) for latents x0 (B, C, H, W) of real images: returns the loss and what to log.

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-import lora
 import metrics
 import settings
 from combined import generate, switch_weights
@@ -46,8 +45,6 @@ def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, s
         made.append(images.float())
     if isinstance(m.base, UNet):
         m.base.to("cpu")  # its place is needed for a pass
-    if args.lora:
-        lora.switch(m.unet, True)  # as training needs it
     return torch.cat(made)
 
 

@@ -41,7 +41,12 @@ PUBLISHED = {"sd15": (unets.SD15, vaes.SD15), "sdxl": (unets.SDXL, vaes.SDXL)}
 GB = 2**30  # as makers of GPUs count
 MEMORIES = (16, 24, 40, 80)  # GB of the GPUs that people have
 RESERVE = 1.0  # GB: what the driver keeps, and holes between allocations
-CHECKPOINTING = (None, "decoder", "unet,decoder")  # the more is recomputed, the slower
+SAVINGS = (  # flags that save memory, the later the slower
+    "",
+    "--checkpointing decoder",
+    "--checkpointing unet,decoder",
+    "--checkpointing unet,decoder --text-on-cpu",
+)
 SCHEDULER = Scheduler(40, eta=1.0)
 
 
@@ -238,10 +243,18 @@ def text_bytes(unet: UNetConfig) -> int:
     return 2 * (123_060_480 + (694_659_840 if unet.pooled else 0)) if unet.context >= 768 else 0
 
 
-def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, checkpointing: str | None) -> tuple[float, float]:
+def text_tower(network: nn.Module) -> list[Tensor]:
+    """The weights of a reward that `Reward.on_cpu` moves."""
+    if isinstance(network, reward_models.ImageReward):
+        return []
+    return [*network.model.text_model.parameters(), *network.model.text_projection.parameters()]
+
+
+def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str = "") -> tuple[float, float]:
     """Bytes that a run on a GPU in bf16 keeps between updates, and has at most in a pass of `batch` images."""
     side = args.resolution // 2 ** (len(vae.channels) - 1)
-    with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as memory, norms_in_float32():
+    fused = patch.object(unets, "attend", F.scaled_dot_product_attention)
+    with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as memory, norms_in_float32(), fused:
         m = build(args, unet, vae)
         lower(m.vae)
         for network in m.rewards:  # as `reward_models.lower` has it
@@ -253,10 +266,13 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, checkpointin
         moments = [torch.empty_like(p) for p in (*trained, *trained)]
         for p in trained:
             p.grad = torch.empty_like(p)  # of the passes before
-        memory.now += text_bytes(unet) + CACHE_BYTES
+        if "text-on-cpu" in flags:
+            memory.now -= sum(t.nbytes for network in m.rewards for t in text_tower(network))
+        else:
+            memory.now += text_bytes(unet) + CACHE_BYTES
         kept = memory.now
-        m.unet.checkpointing = "unet" in (checkpointing or "")
-        m.vae.decoder.checkpointing = "decoder" in (checkpointing or "")
+        m.unet.checkpointing = "unet" in flags
+        m.vae.decoder.checkpointing = "decoder" in flags
         x = torch.empty(batch, vae.latent_channels, side, side)
         given = conditioning_of(unet, batch, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
@@ -271,17 +287,17 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, checkpointin
 
 
 def fitting(args, unet: UNetConfig, vae: VAEConfig, gigabytes: float, known: dict) -> tuple | None:
-    """The largest batch that divides an update's images and fits, with the least recomputing: (batch, flag, GB)."""
+    """The largest batch that divides an update's images and fits, with the fewest savings: (batch, flags, GB)."""
     images = args.batch_size * args.accumulate
-    for checkpointing in CHECKPOINTING:
-        if checkpointing not in known:
-            known[checkpointing] = [peak_memory(args, unet, vae, batch, checkpointing)[1] for batch in (1, 2)]
-        one, two = known[checkpointing]
+    for flags in SAVINGS:
+        if flags not in known:
+            known[flags] = [peak_memory(args, unet, vae, batch, flags)[1] for batch in (1, 2)]
+        one, two = known[flags]
         sizes = [n for n in range(1, images + 1) if images % n == 0]
         needs = {n: (one + (n - 1) * (two - one)) / GB + RESERVE for n in sizes}
         fits = [n for n in sizes if needs[n] <= gigabytes]
-        if fits and (max(fits) >= 4 or checkpointing == CHECKPOINTING[-1]):
-            return max(fits), checkpointing, needs[max(fits)]
+        if fits and (max(fits) >= 4 or flags == SAVINGS[-1]):
+            return max(fits), flags, needs[max(fits)]
     return None
 
 
@@ -315,11 +331,10 @@ def report(args, unet: UNetConfig, vae: VAEConfig) -> str:
         if found is None:
             said = "does not fit" + ("" if args.lora else "; try --lora 16")
         else:
-            batch, checkpointing, need = found
+            batch, flags, need = found
             said = f"{need:6.1f}  --batch-size {batch} --accumulate {images // batch}"
-            said += f" --checkpointing {checkpointing}" if checkpointing else ""
+            said += f" {flags}" if flags else ""
         lines.append(f"  {gigabytes:>4g} GB  {said}")
-    for checkpointing, (one, two) in known.items():
-        name = checkpointing or "nothing"
-        lines.append(f"  recomputing {name:14}{one / GB:>8.2f} with one image, {(two - one) / GB:.2f} for each more")
+    for flags, (one, two) in known.items():
+        lines.append(f"  {one / GB:.2f} with one image, {(two - one) / GB:.2f} for each more  {flags}".rstrip())
     return "\n".join(lines)

@@ -42,7 +42,9 @@ def reward_loss(
     generator: torch.Generator,
     shift: int = 0,
 ) -> tuple[Tensor, dict]:
-    """The reward of the image that step i predicts from x_t, as a loss. The one UNet call here carries gradients.
+    """The reward of the image that step i of 0..39 predicts from x_t (B, C, H, W), as a loss.
+
+    The one UNet call here carries gradients.
 
     `shift`: the reward sees each image moved by up to so many pixels.
     """

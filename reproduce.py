@@ -83,7 +83,8 @@ QUICK = Plan(
 
 def train(place: Path, way: Way, seed: int, threads: int) -> None:
     """Train one model unless it is there; a run that was stopped goes on. Raises ValueError when it stops again."""
-    if (place / "unet").exists():
+    result = place / "unet" / "config.json"  # written last
+    if result.exists():
         return
     if (place / "run.json").exists():
         flags = ["--resume", str(place)]
@@ -94,7 +95,7 @@ def train(place: Path, way: Way, seed: int, threads: int) -> None:
     command, limits = [sys.executable, str(HERE / "train.py"), *flags], {"OMP_NUM_THREADS": str(threads)}
     with open(f"{place}.log", "a") as log:
         subprocess.run(command, env=os.environ | limits, stdout=log, stderr=subprocess.STDOUT)
-    if not (place / "unet").exists():
+    if not result.exists():
         raise ValueError(f"training stopped, see {place}.log; call reproduce.py again to go on")
 
 
@@ -133,7 +134,10 @@ class Curves:
         return dict(self.curve(name, "switch"))[switch][key][0]
 
     def where(self, name: str, kind: str, axis: str, value: float, key: str) -> float | None:
-        """`key` on a curve where `axis` has this value, by linear interpolation; None beyond its ends."""
+        """`key` on a curve where `axis` has this value, by linear interpolation; None beyond its ends.
+
+        The first such place from the tuned model alone, where a curve has more than one.
+        """
         known = [(v[axis][0], v[key][0]) for _, v in self.curve(name, kind)]
         for (x0, y0), (x1, y1) in pairwise(known):
             if min(x0, x1) <= value <= max(x0, x1) and x0 != x1:

@@ -355,6 +355,7 @@ class Reward:
         self.name, self.network, self.tokenizer = name, network, tokenizer
         self.offset, self.factor = scale
         self.size, self.prepare, self.cache = network.config.vision_config.image_size, preprocess, {}
+        self.text_device = None  # where the prompts are encoded; None: where the images are
         entries = network.config.text_config.vocab_size
         if not 0 <= entries - len(tokenizer) <= 2:  # ImageReward has two tokens more, which no prompt contains
             raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} entries, the checkpoint {entries}")
@@ -370,6 +371,13 @@ class Reward:
             raise ValueError(f"{self.name}: one prompt an image, in a list; got {prompts!r:.60} for {len(images)}")
         with torch.autocast(images.device.type, enabled=False):
             return self.network(self.prepare(images, self.size), *self.text(prompts, images.device))
+
+    def on_cpu(self) -> None:
+        """Encode prompts there from now on. ImageReward's text tower stays: it looks at each image while it reads."""
+        if self.name != "imagereward":
+            self.network.model.text_model.to("cpu")
+            self.network.model.text_projection.to("cpu")
+            self.text_device = "cpu"
 
     def rescale(self, raw: torch.Tensor) -> torch.Tensor:
         return (raw + self.offset) * self.factor
@@ -390,8 +398,9 @@ class Reward:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
         if new:
             with torch.no_grad():
-                columns = self.network.encode_text(*(x.to(device) for x in self.ids(new)))
-                self.cache.update({new[i]: [column[i].clone() for column in columns] for i in range(len(new))})
+                columns = self.network.encode_text(*(x.to(self.text_device or device) for x in self.ids(new)))
+                rows = ([column[i].to(device, copy=True) for column in columns] for i in range(len(new)))
+                self.cache.update(zip(new, rows, strict=True))
         rows = [self.cache[prompt] for prompt in prompts]
         for prompt in list(self.cache)[: -self.kept]:
             del self.cache[prompt]

@@ -81,7 +81,7 @@ NAMES = ("tiny", "tiny2", *OFFICIAL)
 # its code that is a shift and a factor without a clamp: scaled = (raw + offset) * factor. Raw values are those
 # of its tables, where HPSv2.1 and CLIPScore are printed times 100.
 SCALE = {
-    "tiny": (0.0, 0.1),  # PickScores of the embedded base: a wrong caption is near 0, its samples near 5
+    "tiny": (0.0, 0.1),  # PickScores of the embedded base: a wrong caption is near 3, the base's samples near 7
     "tiny2": (0.0, 0.1),
     "hpsv2.1": (0.0, 1.0),  # a cosine, 0.15 .. 0.40
     "hpsv2.0": (0.0, 1.0),

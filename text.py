@@ -20,11 +20,18 @@ class TextEncoder:
         self.models = [model.eval().requires_grad_(False) for model in models]
         self.tokenizers = tokenizers
         self.cache: dict[str, dict[str, Tensor]] = {}
+        self.device = models[0].device  # where the features are wanted
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> "TextEncoder":
         self.models = [model.to(device, dtype) for model in self.models]
         self.cache.clear()
+        self.device = self.models[0].device
         return self
+
+    def on_cpu(self) -> None:
+        """Encode and remember there from now on; what a call returns is still on the device."""
+        self.models = [model.to("cpu") for model in self.models]
+        self.cache.clear()
 
     def __call__(self, prompts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
         """`size`: height and width in pixels, which only SDXL asks for.
@@ -32,13 +39,13 @@ class TextEncoder:
         Returns context (B, S, D), and for SDXL pooled (B, 1280) and time_ids (B, 6), in the encoders' dtype.
         """
         features = [self.features(prompt) for prompt in prompts]
-        conditioning = {key: torch.cat([f[key] for f in features]) for key in features[0]}
+        conditioning = {key: torch.cat([f[key] for f in features]).to(self.device) for key in features[0]}
         if len(self.models) == 2:
             H, W = size
             time_ids = torch.tensor(
                 [[H, W, 0, 0, H, W]], dtype=torch.float32
             )  # original size, crop offset, target size
-            conditioning["time_ids"] = time_ids.expand(len(prompts), -1).to(conditioning["context"].device)
+            conditioning["time_ids"] = time_ids.expand(len(prompts), -1).to(self.device)
         return conditioning
 
     def features(self, prompt: str) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ def parse_args(argv=None):
     add("--judge", help="a reward that is only measured, before and after (default for tiny: tiny2)")
     add("--judge-weights", help="files or folders of the judge, as for --reward-weights")
     add("--data", help="folder with images and metadata.jsonl, or COCO captions_*.json; for refl also a prompt file")
-    add("--steps", type=positive, help="updates; default: the paper's, 150 for the tiny base")
+    add("--steps", type=positive, help="updates (default: the paper's; for the tiny base 150 of ImageReFL, 75 of ReFL)")
     add("--batch-size", type=positive, help="images in one pass (default: 8 SD1.5, 4 SDXL, 16 tiny)")
     add("--accumulate", type=positive, help="passes an update, shared by the processes (default: 4, tiny 1)")
     add("--lr", type=number(float, 0), help="of AdamW (default: 3e-4, 4.5e-5 for the tiny base)")
@@ -55,6 +55,7 @@ def parse_args(argv=None):
         "--checkpointing", nargs="?", const="unet,decoder", choices=("unet", "decoder", "unet,decoder"),
         help="recompute activations in the backward pass to save memory; alone: both",
     )  # fmt: skip
+    add("--text-on-cpu", action="store_true", help="encode prompts there, which frees the text encoders' GPU memory")
     add("--shard", action="store_true", help="under torchrun: each process keeps a part of the weights and moments")
     add("--compile", action="store_true", help="torch.compile the networks; refused where that changes gradients")
     add("--device", help="default: cuda where there is one, else cpu")
@@ -83,7 +84,6 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
 
 import copy  # noqa: E402
-import json  # noqa: E402
 import math  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -100,6 +100,7 @@ import metrics  # noqa: E402
 import monitor  # noqa: E402
 import plan  # noqa: E402
 import rewards  # noqa: E402
+import runs  # noqa: E402
 import state  # noqa: E402
 import weights  # noqa: E402
 from data import Captions, Pictures, Stream, open_data, read_prompts  # noqa: E402
@@ -113,8 +114,6 @@ from unet import UNet, UNetConfig, initialise  # noqa: E402
 SCHEDULER = Scheduler(40, eta=1.0)
 ADAM_EPS = 1e-15  # the loss is scaled by 1e-3 and less, so that Adam's usual 1e-8 would throttle the update
 SKIPS = 10  # updates in a row without a finite loss and gradient, after which a run stops
-# No number changes with these, or by a sum's order alone.
-HARMLESS = {"resume", "override", "shard", "sample_every", "monitor", "save_every", "save_minutes", "keep"}
 FIRST = distributed.RANK == 0  # this process alone writes
 
 
@@ -159,16 +158,6 @@ def resolve(args, row: settings.Settings) -> None:
     distributed.check_passes(args.batch_size, args.accumulate)
 
 
-def new_folder(args) -> Path:
-    """The folder of a new run; never one that holds a run already."""
-    name = f"runs/{args.method}-{Path(args.base).name}"
-    folders = [args.output_dir] if args.output_dir else [name, *(f"{name}-{i}" for i in range(2, 10_000))]
-    for folder in map(Path, folders):
-        if not (folder / "run.json").exists():
-            return folder
-    raise ValueError(f"--output-dir {args.output_dir}: holds a run already; --resume it or name another folder")
-
-
 def generator_of(*numbers: int) -> torch.Generator:
     """A generator for one purpose, from a few numbers: what it draws never depends on what was drawn before."""
     seed = 0
@@ -203,6 +192,9 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
             m.features = metrics.clip_features(settings.FEATURES, device)
     m.text = weights.load_text(args.base, device, frozen)
     m.vae = weights.load_vae(args.base, device, frozen).requires_grad_(False)
+    if args.text_on_cpu:
+        for part in (m.text, *(reward for total in (m.reward, m.judge) if total for reward in total.rewards)):
+            part.on_cpu()
     if args.init == "random":
         m.unet = initialise(UNet(UNetConfig.from_dict(config)), generator_of(args.seed)).to(device)
     else:
@@ -260,7 +252,10 @@ def encode_all(args, vae, data) -> tuple[torch.Tensor, list[str]]:
     """Posteriors (N, 2, C, H, W) of a whole data set, mean and log-variance in half precision, and its captions."""
     moments, captions = [], []
     for start in tqdm(range(0, len(data), 64), desc="encoding", unit="batch"):
-        images, texts = zip(*(data[i] for i in range(start, min(start + 64, len(data)))), strict=True)
+        try:
+            images, texts = zip(*(data[i] for i in range(start, min(start + 64, len(data)))), strict=True)
+        except OSError as error:
+            raise ValueError(f"--cache-latents: {error}; take it out of --data, or leave out the flag") from None
         with cli.autocast(args):
             moments.append(torch.stack(vae.encode(torch.stack(images).to(args.device)), 1).half().cpu())
         captions += texts
@@ -336,14 +331,14 @@ def update_weights(args, m, optimizer, update: int, values: dict[str, float]) ->
 def main(args) -> None:
     if args.plan:
         return show_plan(args)
-    folder = read_run(args) if args.resume else None
+    folder = runs.read(args) if args.resume else None
     config = weights.read_config(args.base, "unet")
     row = settings.of(args.base, config)
     distributed.take_gpu()
     resolve(args, row)
     weights.check_resolution(args.base, args.resolution)
     if FIRST and not args.resume:
-        folder = new_folder(args)
+        folder = runs.new_folder(args)
         cli.check_writable(folder)
     prompts = read_prompts(args.prompts) if args.prompts else list(row.prompts)
     data = open_data(args.data, args.resolution)
@@ -355,7 +350,7 @@ def main(args) -> None:
         with distributed.group(args.device):
             m = load_models(args, row, config)
             with state.lock(folder) if FIRST else nullcontext():
-                if FIRST and not args.resume and new_folder(args) != folder:
+                if FIRST and not args.resume and runs.new_folder(args) != folder:
                     raise ValueError(f"{folder}: another process has trained there meanwhile; start again")
                 train(args, m, row, prompts, data, folder)
     except (RuntimeError, MemoryError) as error:
@@ -366,8 +361,7 @@ def main(args) -> None:
 
 def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Path | None) -> None:
     """All updates that are left, then the result; `folder` is the run's, None where another process writes it."""
-    how = {"weight_decay": args.weight_decay, "eps": ADAM_EPS, "fused": args.device != "cpu"}
-    optimizer = torch.optim.AdamW(m.parameters, args.lr, **how)
+    optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
     mfu = plan.Meter(args, m.unet.config, m.vae.config) if args.device != "cpu" else None
     modules = {"unet": torch.nn.ParameterList(m.parameters) if args.lora else m.unet}
     modules |= {"ema": m.ema} if m.ema else {}
@@ -380,13 +374,16 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
     cache = encode_all(args, m.vae, data) if args.cache_latents else None
     about = {"table": {}}
     if FIRST:
-        about = begin(args, m, row, prompts, folder, progress["update"])
+        about = runs.begin(args, folder, progress["update"])
+        look_at_base(args, m, row, prompts, about, progress["update"], folder)
     first, saved = progress["update"], time.time()
     left = range(first, args.steps)
     bar = tqdm(left, args.method, args.steps, initial=first, unit="update", disable=not FIRST)
     with cli.stopping() as signals:
         for update in bar:
             began = time.time()
+            if args.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
             logs = add_gradients(args, m, stream, cache, update, progress["position"])
             if not args.shard:
                 distributed.add_up(p.grad for p in m.parameters)
@@ -397,7 +394,7 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
             taken = update_weights(args, m, optimizer, update, values)
             values["seconds"] = round(time.time() - began, 4)
             if args.device != "cpu":
-                values["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+                values["peak_gb"] = round(torch.cuda.max_memory_allocated() / plan.GB, 2)
             if mfu:
                 values["mfu"] = round(mfu(kind_of(args, update), values["seconds"]) / distributed.COUNT, 4)
             asked = range(progress["position"], progress["position"] + args.batch_size * args.accumulate)
@@ -412,10 +409,11 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
             saves = last or late or stuck or (update + 1) % args.save_every == 0
             tensors = state.tensors_of(modules, optimizer) if saves and (FIRST or args.shard) else {}
             if FIRST:
-                note(args, folder, update, values, progress, [] if taken else [stream.index(n) for n in asked])
+                line = {"update": update + 1, "kind": kind_of(args, update), "lr": rate(args, update)} | values
+                runs.note(folder, line, progress, [] if taken else [stream.index(n) for n in asked])
                 bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
                 if saves:
-                    save(args, folder, tensors, progress, last)
+                    runs.save(folder, tensors, progress, args.keep, last)
                     saved = time.time()
                 if args.sample_every and ((last and not stop) or (update + 1) % args.sample_every == 0):
                     monitor.show(args, m, row, prompts, folder / "samples" / f"step-{update + 1:06d}.png")
@@ -438,51 +436,31 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
         m.unet = m.net.copy.float()
         m.net.refresh()
     if FIRST:
-        finish(args, m, row, prompts, folder, about)
+        runs.save_result(args, m, folder, progress["update"])
+        if args.method != "diffusion":
+            compare(args, m, row, prompts, about, folder)
+        runs.describe(folder, about | {"finished": True})
+        print(f"written to {folder}")
 
 
-def begin(args, m, row: settings.Settings, prompts: list[str], folder: Path, update: int) -> dict:
-    """Write what the run is, and how its base does, unless it goes on; returns the content of its `run.json`."""
-    about = json.loads((folder / "run.json").read_text()) if args.resume else {"table": {}}
-    about["args"] = {k: v for k, v in vars(args).items() if k not in ("resume", "override", "shard", "given")}
-    about.pop("finished", None)
-    if args.resume:
-        for name in ("states", "unet"):
-            state.sweep(folder / name)
-        state.cut_log(folder / "log.jsonl", update)
-        print(f"going on after update {update} of {folder}")
-    state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+def look_at_base(args, m, row: settings.Settings, prompts: list[str], about: dict, update: int, folder: Path) -> None:
+    """Note how the base does, unless that is known, and show it."""
     if args.method != "diffusion" and "base" not in about["table"]:
         about["table"]["base"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, 40), prompts, m)
     if args.monitor and "monitor" not in about:
         monitor.look(args, m, row, prompts, about, update, {})
-    state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    runs.describe(folder, about)
     if args.sample_every and not update:
         monitor.show(args, m, row, prompts, folder / "samples" / "step-000000.png")
-    return about
 
 
-def note(args, folder: Path, update: int, values: dict[str, float], progress: dict, skipped: list[int]) -> None:
-    """Add an update to `log.jsonl`. `skipped`: the indices of its prompts where no step was taken."""
-    row = {"update": update + 1, "kind": kind_of(args, update), "lr": rate(args, update)}
-    row |= {key: value if math.isfinite(value) else str(value) for key, value in values.items()}  # JSON has no nan
-    if skipped:
-        progress["skipped"] += 1
-        row |= {"skipped": progress["skipped"], "prompts": skipped}
-        told = ", ".join(f"{key} {row[key]}" for key in values if key != "seconds")
-        about = f"update {update + 1} skipped, the {progress['skipped']}. in all: not finite: {told}; prompts {skipped}"
-        tqdm.write(about, file=sys.stderr)
-    state.append(folder / "log.jsonl", json.dumps(row))
-
-
-def save(args, folder: Path, tensors: dict, progress: dict, last: bool) -> None:
-    """Save the state. Where that fails and training goes on, the next one may succeed: raises OSError at the last."""
-    try:
-        state.save_newest(folder / "states", tensors, progress, args.keep)
-    except OSError as error:
-        if last:
-            raise
-        tqdm.write(f"not saved, training goes on: {error.filename}: {error.strerror}", file=sys.stderr)
+def compare(args, m, row: settings.Settings, prompts: list[str], about: dict, folder: Path) -> None:
+    """Say how the samples have changed, and how to use the result."""
+    switch, table = row.switch[args.method], about["table"]
+    table["tuned"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, 0), prompts, m)
+    table[f"--switch {switch}"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, switch), prompts, m)
+    print(f"\n{len(prompts)} prompts x 4 seeds, mean ± standard deviation\n{monitor.layout(table)}\n")
+    print(f"sample from it:  python sample.py --checkpoint {folder} --switch {switch}")
 
 
 def memory_advice(args, error: Exception) -> str:
@@ -510,46 +488,6 @@ def show_plan(args) -> None:
     args.data = args.data or "."
     resolve(args, settings.of(args.base, unet.to_dict()))
     print(plan.report(args, unet, vae))
-
-
-def read_run(args) -> Path:
-    """Take the flags of the run that `--resume` names, and this call's where they may differ; returns the run's folder.
-
-    Raises ValueError for flags that would change the result, unless `--override` is given.
-    """
-    folder = Path(args.resume)
-    path = folder / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume {args.resume}: no run.json there, so no run to go on with")
-    try:
-        then = json.loads(path.read_text())["args"]
-        free = HARMLESS | ({"steps"} if then["lr_schedule"] == "constant" else set())
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"--resume {args.resume}: its run.json is damaged; put it back, or start anew") from None
-    changed = {key: value for key, value in args.given.items() if then.get(key) != value}
-    refused = [f"--{key.replace('_', '-')} {changed[key]} (was {then.get(key)})" for key in changed if key not in free]
-    if refused and not args.override:
-        raise ValueError(f"{', '.join(refused)}: changes the result of {folder}; leave it out, or add --override")
-    vars(args).update(then | changed)
-    return folder
-
-
-def finish(args, m, row: settings.Settings, prompts: list[str], folder: Path, about: dict) -> None:
-    """Write the result, and say how the samples changed and how to use it."""
-    header = {"base": args.base, "method": args.method, "reward": str(args.reward), "step": str(args.steps)}
-    header["version"] = settings.VERSION
-    if args.lora:
-        lora.save(m.unet, folder, metadata=header)
-    else:
-        weights.save_unet(m.ema or m.unet, folder / "unet", metadata=header)
-    if args.method != "diffusion":
-        switch, table = row.switch[args.method], about["table"]
-        table["tuned"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, 0), prompts, m)
-        table[f"--switch {switch}"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, switch), prompts, m)
-        print(f"\n{len(prompts)} prompts x 4 seeds, mean ± standard deviation\n{monitor.layout(table)}\n")
-        print(f"sample from it:  python sample.py --checkpoint {folder} --switch {switch}")
-    state.write_text(folder / "run.json", json.dumps(about | {"finished": True}, indent=1) + "\n")
-    print(f"written to {folder}")
 
 
 if __name__ == "__main__":

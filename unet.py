@@ -162,6 +162,14 @@ class ResnetBlock(nn.Module):
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c)) v of queries (B, heads, L, c), keys and values (B, heads, S, c)."""
+    few = q.shape[2] * k.shape[2] <= 256**2
+    if few and q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad:  # there the fused kernel's gradient is slow
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Attention of tokens x (B, L, C) to context (B, S, D), or to themselves."""
 
@@ -177,8 +185,7 @@ class Attention(nn.Module):
         B, L, C = x.shape
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (t.view(B, -1, self.heads, C // self.heads).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, c)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](h.transpose(1, 2).reshape(B, L, C))
+        return self.to_out[0](attend(q, k, v).transpose(1, 2).reshape(B, L, C))
 
 
 class GEGLU(nn.Module):

@@ -398,8 +398,7 @@ def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
     def ours(compiled: bool) -> Side:
         frozen = torch.bfloat16 if args.device != "cpu" else torch.float32
         mine, own = copied(both_unets(config, args.device)[0]), both_vaes(sizes.vae, args.device)[0].to(frozen)
-        how = {"eps": ADAM_EPS, "fused": args.device != "cpu"}
-        optimizer = torch.optim.AdamW(mine.parameters(), 1e-6, **how)
+        optimizer = torch.optim.AdamW(mine.parameters(), 1e-6, eps=ADAM_EPS, fused=True)
         net, kept = torch.compile(mine) if compiled else mine, [mine, own, optimizer]
         if compiled:
             own.decode = torch.compile(own.decode)

@@ -188,7 +188,9 @@ def test_the_models_of_a_reproduction_are_trained_once_and_one_that_stopped_is_t
     def run(command, env, stdout, stderr):
         place = Path(command[-1] if "--resume" in command else command[command.index("--output-dir") + 1])
         calls.append((place.name, "--resume" in command, env["OMP_NUM_THREADS"]))
-        (place if place.name in stops else place / "unet").mkdir(parents=True)
+        (place / "unet").mkdir(parents=True, exist_ok=True)  # made before the weights are written
+        if place.name not in stops:
+            (place / "unet" / "config.json").write_text("{}")
         (place / "run.json").write_text("{}")
 
     monkeypatch.setattr(reproduce.subprocess, "run", run)
@@ -204,3 +206,10 @@ def test_the_models_of_a_reproduction_are_trained_once_and_one_that_stopped_is_t
     places = reproduce.train_all(tmp_path, plan)
     assert calls == [("imagerefl-2", True, "1")]
     assert sorted(path.name for path in places.values()) == names
+
+
+def test_a_reading_says_where_it_is_not_followed():
+    assert evaluate.reading_notes("ours") == []
+    assert [note.split()[1] for note in evaluate.reading_notes("squares")] == ["squares"] * 2
+    assert "clip features" in evaluate.reading_notes("clip")[0]
+    assert "base model" in evaluate.reading_notes("jena2024")[0]

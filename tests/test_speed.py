@@ -5,10 +5,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from recipe import filled, rnd
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import monitor
 import plan
+import rewards
 import train
 import weights
 from combined import generate, switch_weights
@@ -184,10 +185,10 @@ def test_norms_are_float32_as_on_a_gpu_also_where_recomputed():
 def test_the_plan_names_settings_that_fit(monkeypatch, capsys):
     """Neither weights nor data are needed; recomputing begins where fewer than four images would fit."""
     names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
-    need = {None: (20, 9), "decoder": (15, 3), "unet,decoder": (14, 1)}  # GB, and more for an image
+    need = dict(zip(plan.SAVINGS, [(20, 9), (15, 3), (14, 1), (12, 1)], strict=True))  # GB, and more for an image
 
-    def peak(args, unet, vae, batch, checkpointing):
-        fixed, each = need[checkpointing]
+    def peak(args, unet, vae, batch, flags):
+        fixed, each = need[flags]
         return 0, (fixed + each * batch) * plan.GB
 
     monkeypatch.setattr(plan, "flops", lambda *_: dict.fromkeys(names, 1e12))
@@ -195,12 +196,41 @@ def test_the_plan_names_settings_that_fit(monkeypatch, capsys):
     train.main(train.parse_args(["--base", "sd15", "--plan"]))
     out = capsys.readouterr().out
     for gigabytes, settings in {
-        16: "16.0  --batch-size 1 --accumulate 32 --checkpointing unet,decoder",
+        16: "15.0  --batch-size 2 --accumulate 16 --checkpointing unet,decoder --text-on-cpu",
         24: "23.0  --batch-size 8 --accumulate 4 --checkpointing unet,decoder",
         40: "40.0  --batch-size 8 --accumulate 4 --checkpointing decoder",
         80: "57.0  --batch-size 4 --accumulate 8\n",
     }.items():
         assert f"{gigabytes} GB    {settings}" in out
+
+
+def test_text_is_encoded_on_the_cpu_for_images_on_a_gpu(monkeypatch):
+    """On tensors without data, as no GPU is needed to follow where they are."""
+
+    def to(module, device, dtype=None):
+        for part in module.modules():
+            for key, p in [*part._parameters.items(), *part._buffers.items()]:
+                if p is not None:
+                    p = mode.from_tensor(p) if not isinstance(p, FakeTensor) else p
+                    kept = part._parameters if key in part._parameters else part._buffers
+                    kept[key] = p.detach().to(device)
+        return module
+
+    reward, text = rewards.load("tiny"), weights.load_text("tiny")
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        reward.network.to("cuda:0")
+        text.to("cuda:0")
+        reward.on_cpu()
+        text.on_cpu()
+        context = text(["a", "b"], (64, 64))["context"]
+        (features,) = reward.text(["a", "b"], torch.device("cuda:0"))
+    towers = [text.models[0], reward.network.model.text_model, reward.network.model.vision_model]
+    assert [next(tower.parameters()).device.type for tower in towers] == ["cpu", "cpu", "cuda"]
+    assert {text.cache["a"]["context"].device.type} == {"cpu"}
+    assert (context.device.type, features.device.type) == ("cuda", "cuda")
+    moved = sum(p.numel() for part in (towers[1], reward.network.model.text_projection) for p in part.parameters())
+    assert sum(t.numel() for t in plan.text_tower(reward.network)) == moved
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -40,9 +40,9 @@ def log_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_imagerefl_writes_what_it_promises(tmp_path, one_prompt, capsys):
-    folder = tmp_path / "run"
-    vae = {key: t.clone() for key, t in weights.load_vae("tiny").state_dict().items()}
+def test_imagerefl_writes_what_it_promises(tmp_path, one_prompt, capsys, monkeypatch):
+    folder, load, loaded = tmp_path / "run", train.load_models, []
+    monkeypatch.setattr(train, "load_models", lambda *args: loaded.append(load(*args)) or loaded[0])
     run("--method", "imagerefl", "--steps", "4", "--prompts", one_prompt, "--output-dir", str(folder))
     log = log_of(folder)
     assert [row["kind"] for row in log] == ["imagerefl"] * 3 + ["refl"]
@@ -58,7 +58,9 @@ def test_imagerefl_writes_what_it_promises(tmp_path, one_prompt, capsys):
     assert set(table) == {"base", "tuned", "--switch 30"}
     assert all(set(row) == {"reward", "judge", "diversity"} for row in table.values())
     assert table["base"]["reward"] != table["tuned"]["reward"]  # the frozen copy is one
-    assert all(torch.equal(vae[key], t) for key, t in weights.load_vae("tiny").state_dict().items())
+    vae = loaded[0].vae
+    assert not any(p.requires_grad for p in vae.parameters())
+    assert all(torch.equal(t, vae.state_dict()[key]) for key, t in weights.load_vae("tiny").state_dict().items())
 
 
 def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(
@@ -72,6 +74,8 @@ def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(
     run("--steps", "6", *flags, "--output-dir", str(tmp_path / "run"))
     log = log_of(tmp_path / "run")
     assert ["monitor_diversity" in row for row in log] == [False, True, False, True]  # ended after update 4 of 6
+    with safe_open(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "4"
     assert seen[0] == {key: [pytest.approx(0, abs=1e-6)] for key in ("reward", "judge", "diversity")}  # the first look
     first = json.loads((tmp_path / "run" / "run.json").read_text())["monitor"]
     for row, change in zip((log[1], log[3]), seen[1:], strict=True):
@@ -110,7 +114,7 @@ def test_the_scale_of_the_loss_does_not_throttle_adam():
     moves = []
     for scale in (1.0, 1e-5):
         weight = torch.nn.Parameter(torch.zeros(100))
-        optimizer = torch.optim.AdamW([weight], 1e-2, eps=train.ADAM_EPS)
+        optimizer = torch.optim.AdamW([weight], 1e-2, eps=train.ADAM_EPS, fused=True)
         for _ in range(3):
             (scale * 1e-3 * (weight * torch.arange(1.0, 101.0) / 1e3).sum()).backward()
             optimizer.step()
@@ -130,6 +134,10 @@ def test_pictures_of_a_folder_train_and_bad_ones_are_counted(tmp_path, capsys):
     run("--method", "diffusion", "--data", str(tmp_path), "--steps", "2", "--output-dir", str(tmp_path / "run"))
     captured = capsys.readouterr()
     assert "1.png" in captured.err and "1 images did not decode" in captured.out
+    with pytest.raises(ValueError, match=r"--cache-latents: .*1\.png"):
+        run(
+            "--method", "diffusion", "--data", str(tmp_path), "--cache-latents", "--output-dir", str(tmp_path / "other")
+        )
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5, 0.0])

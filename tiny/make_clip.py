@@ -165,7 +165,7 @@ def accuracy(clip: CLIPModel, tokenizer, emoji: EmojiSet, count: int = 512) -> d
 
 
 ROLES = {  # seed, vision (width, layers), text (width, layers), updates
-    "text": (0, (128, 4), (128, 3), 400),
+    "text": (0, (128, 4), (128, 3), 1000),
     "features": (1, (96, 4), (64, 2), 1200),
 }
 

@@ -113,7 +113,7 @@ def damage(image: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor,
 
 @torch.no_grad()
 def decoded(emoji: EmojiSet, count: int, seed: int, device: str) -> list[Example]:
-    """Pictures by the tiny base: real ones noised to a random step and denoised again, and wholly generated ones.
+    """Pictures by the tiny base: real ones noised to a random step and denoised again, every other batch with guidance.
 
     They show what their caption says, which names style and background, a little less sharp than the real ones.
     """
