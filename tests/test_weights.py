@@ -418,6 +418,7 @@ def sampled(folder: Path, *flags) -> torch.Tensor:
     return torch.tensor(list(Image.open(folder / "00000-1.png").tobytes()))
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_command_samples_the_same_from_every_form_of_the_same_weights(base, tmp_path):
     pipeline, single = write_pipeline(tmp_path / "pipeline", base), tmp_path / "single" / "x.safetensors"
