@@ -243,13 +243,6 @@ def text_bytes(unet: UNetConfig) -> int:
     return 2 * (123_060_480 + (694_659_840 if unet.pooled else 0)) if unet.context >= 768 else 0
 
 
-def text_tower(network: nn.Module) -> list[Tensor]:
-    """The weights of a reward that `Reward.on_cpu` moves."""
-    if isinstance(network, reward_models.ImageReward):
-        return []
-    return [*network.model.text_model.parameters(), *network.model.text_projection.parameters()]
-
-
 def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str = "") -> tuple[float, float]:
     """Bytes that a run on a GPU in bf16 keeps between updates, and has at most in a pass of `batch` images."""
     side = args.resolution // 2 ** (len(vae.channels) - 1)
@@ -267,7 +260,8 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
         for p in trained:
             p.grad = torch.empty_like(p)  # of the passes before
         if "text-on-cpu" in flags:
-            memory.now -= sum(t.nbytes for network in m.rewards for t in text_tower(network))
+            towers = (part for network in m.rewards for part in reward_models.text_tower(network))
+            memory.now -= sum(p.nbytes for part in towers for p in part.parameters())
         else:
             memory.now += text_bytes(unet) + CACHE_BYTES
         kept = memory.now

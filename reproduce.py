@@ -1,7 +1,7 @@
 """Reproduce the paper's claims on the tiny base: train ReFL and ImageReFL with three seeds, evaluate, compare.
 
     python reproduce.py            # an hour or more on two cores
-    python reproduce.py --quick    # one seed, shorter: the same directions in ten minutes or so
+    python reproduce.py --quick    # one seed, fewer updates, prompts and points
 
 Goes on where it was stopped. Writes `claims.md` into `runs/reproduction`, and for each of two ways to train ImageReFL
 beside ReFL what `evaluate.py` does.

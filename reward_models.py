@@ -329,6 +329,11 @@ def fill(network: nn.Module, state: dict[str, torch.Tensor], origin: str | Path)
     return network.requires_grad_(False).eval()
 
 
+def text_tower(network: nn.Module) -> list[nn.Module]:
+    """What reads a prompt once and for all: nothing of ImageReward, which looks at each image while it reads."""
+    return [] if isinstance(network, ImageReward) else [network.model.text_model, network.model.text_projection]
+
+
 def lower(network: nn.Module, dtype: torch.dtype) -> None:
     """Runs the vision tower in `dtype`. Its matrices are kept so: autocast would round them again at every call."""
     network.dtype = dtype
@@ -373,10 +378,9 @@ class Reward:
             return self.network(self.prepare(images, self.size), *self.text(prompts, images.device))
 
     def on_cpu(self) -> None:
-        """Encode prompts there from now on. ImageReward's text tower stays: it looks at each image while it reads."""
-        if self.name != "imagereward":
-            self.network.model.text_model.to("cpu")
-            self.network.model.text_projection.to("cpu")
+        """Encode prompts there from now on."""
+        for part in text_tower(self.network):
+            part.to("cpu")
             self.text_device = "cpu"
 
     def rescale(self, raw: torch.Tensor) -> torch.Tensor:

@@ -229,8 +229,6 @@ def test_text_is_encoded_on_the_cpu_for_images_on_a_gpu(monkeypatch):
     assert [next(tower.parameters()).device.type for tower in towers] == ["cpu", "cpu", "cuda"]
     assert {text.cache["a"]["context"].device.type} == {"cpu"}
     assert (context.device.type, features.device.type) == ("cuda", "cuda")
-    moved = sum(p.numel() for part in (towers[1], reward.network.model.text_projection) for p in part.parameters())
-    assert sum(t.numel() for t in plan.text_tower(reward.network)) == moved
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
