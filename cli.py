@@ -73,11 +73,11 @@ def dtype(device: str) -> str:
     return "bfloat16" if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
-def autocast(args: argparse.Namespace):
-    """Within: matrix products in bf16, if `args.dtype` says so. Weights stay what they are."""
+def autocast(device: str, kind: str | None = None):
+    """Within: matrix products in bf16, if `kind` says so or, left out, the default does. Weights stay what they are."""
     import torch
 
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=(kind or dtype(device)) == "bfloat16")
 
 
 def stored(args: argparse.Namespace):

@@ -37,7 +37,7 @@ def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, s
     asked, seeds = [p for p in prompts for _ in range(count)], list(range(count)) * len(prompts)
     made, chunk = [], 2 * args.batch_size
     for part in (slice(at, at + chunk) for at in range(0, len(asked), chunk)):
-        with cli.autocast(args):
+        with cli.autocast(args.device, args.dtype):
             images = generate(
                 base, tuned, m.vae, m.text, SCHEDULER, switch_weights(40, switch),
                 asked[part], seeds[part], (args.resolution, args.resolution), row.guidance,

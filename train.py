@@ -232,7 +232,7 @@ def compile_networks(args, m) -> None:
     net, decode = torch.compile(m.unet), torch.compile(m.vae.decode)
 
     def gradient(f, of: list) -> torch.Tensor:
-        with cli.autocast(args):
+        with cli.autocast(args.device, args.dtype):
             loss = f(x).float().square().mean()
         return torch.cat([g.float().flatten() for g in torch.autograd.grad(loss, of)])
 
@@ -256,7 +256,7 @@ def encode_all(args, vae, data) -> tuple[torch.Tensor, list[str]]:
             images, texts = zip(*(data[i] for i in range(start, min(start + 64, len(data)))), strict=True)
         except OSError as error:
             raise ValueError(f"--cache-latents: {error}; take it out of --data, or leave out the flag") from None
-        with cli.autocast(args):
+        with cli.autocast(args.device, args.dtype):
             moments.append(torch.stack(vae.encode(torch.stack(images).to(args.device)), 1).half().cpu())
         captions += texts
     return torch.cat(moments), captions
@@ -299,7 +299,7 @@ def add_gradients(args, m, stream: Stream, cache, update: int, position: int) ->
     for part in distributed.share(args.accumulate):
         generator = generator_of(args.seed, update, part)
         stream.position = position + part * args.batch_size
-        with cli.autocast(args):
+        with cli.autocast(args.device, args.dtype):
             x0, captions = next_batch(args, m, stream, cache, generator)
             loss, log = loss_of(args, m, x0, captions, update, generator)
         (loss / args.accumulate).backward()

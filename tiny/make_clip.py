@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cli
 import state
 from data import Composition, EmojiSet
 from pictures import CLIP_MEAN, CLIP_STD, to_tensor
@@ -130,7 +131,7 @@ def train(clip: CLIPModel, tokenizer, emoji: EmojiSet, steps: int, batch: int, l
         captions = [p.caption for p in pictures]
         images = torch.stack([augment(emoji.draw(p), rng) for p in pictures]).to(device)
         tokens = {k: v.to(device) for k, v in tokenize(tokenizer, captions).items()}
-        with torch.autocast(device, torch.bfloat16):
+        with cli.autocast(device):
             loss = contrastive_loss(clip, images, tokens, true_of(captions, pictures).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

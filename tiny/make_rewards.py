@@ -25,6 +25,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cli
 import weights
 from combined import guided, plain
 from data import Composition, EmojiSet
@@ -126,7 +127,7 @@ def decoded(emoji: EmojiSet, count: int, seed: int, device: str) -> list[Example
         images = torch.stack([to_tensor(emoji.draw(p)) for p in shows]).to(device)
         start = int(torch.randint(0, 39, (), generator=generator))
         words, empty = text([p.caption for p in shows], (64, 64)), text([""] * 64, (64, 64))
-        with torch.autocast(device, torch.bfloat16):
+        with cli.autocast(device):
             x0 = vae.sample(images, generator)
             x = scheduler.add_noise(x0, randn(x0.shape, generator, x0.device), scheduler.timesteps[start])
             predict = guided(unet, words, empty, 2.0) if at % 128 else plain(unet, words)
@@ -223,7 +224,7 @@ def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, steps: int, lr: float, d
         waiting = drawer.submit(votes.batch, CAPTIONS)
         images = shifted(images.flatten(0, 1), TINY.shift, generator).to(device)
         images = images + torch.randn_like(images) * 0.06 * torch.rand(len(images), 1, 1, 1, device=device)
-        with torch.autocast(device, torch.bfloat16):
+        with cli.autocast(device):
             score = scores(clip, tokenizer, images, captions)
         share = (CLEAR * differences(liked)).sigmoid().to(device)
         loss = F.binary_cross_entropy_with_logits(differences(score), share)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cli
 import state
 import weights
 from data import EmojiSet
@@ -115,7 +116,7 @@ def main() -> None:
             group["lr"] = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         batch = range(step * args.batch_size, (step + 1) * args.batch_size)
         x = torch.stack([images[i][0] for i in batch]).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        with cli.autocast(args.device):
             loss, kl = (decoder_loss(vae, x), 0.0) if args.decoder else loss_of(vae, x, args.kl)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

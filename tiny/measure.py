@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cli
 import metrics
 import rewards
 import settings
@@ -78,7 +79,7 @@ class Painter:
             part = prompts[at : at + 64]
             seeds = [self.seed + k for k in range(len(part))]
             self.seed += len(part)
-            with torch.autocast(self.device, torch.bfloat16):
+            with cli.autocast(self.device):
                 images = generate(
                     self.unet, self.unet, self.vae, self.text, Scheduler(40), mixture,
                     part, seeds, (64, 64), settings.TINY.guidance,
