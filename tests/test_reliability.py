@@ -397,6 +397,21 @@ def two_processes(tmp_path, mini, flags: list[str], dies: bool = False) -> list[
     return [wait(pid, 300) for pid in pids]
 
 
+def assert_same_updates(one: dict, two: dict, start: dict) -> None:
+    """Weights by what has changed since `start`, moments as they are, up to rounding.
+
+    AdamW's first step is the gradient's sign, which rounding may turn where the gradient is zero: one value in a
+    thousand may have gone the other way.
+    """
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        change = value - start[key[5:]] if key.startswith("unet.") else value
+        apart = (value - two[key]).abs()
+        turned = apart > 0.1 * change.abs().max()
+        assert turned.float().mean() <= 1e-3, key
+        assert (apart * ~turned).norm() <= 2e-3 * change.norm(), key
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -412,9 +427,7 @@ def test_two_processes_make_the_updates_of_one(flags, mini, tmp_path, fast):
     assert info == other
     for row, same in zip(timeless(tmp_path / "one"), timeless(tmp_path / "two"), strict=True):
         assert numbers(row) == pytest.approx(numbers(same), rel=1e-4)
-    moved = weights.load_unet(mini).state_dict()
-    for key in moved:
-        assert (one[f"unet.{key}"] - two[f"unet.{key}"]).norm() <= 0.02 * (one[f"unet.{key}"] - moved[key]).norm()
+    assert_same_updates(one, two, weights.load_unet(mini).state_dict())
 
 
 @pytest.mark.slow
@@ -466,10 +479,8 @@ def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, f
     for update in range(1, 5):
         paths = [state.states(folder / "states")[update] for folder in (tmp_path / "one", two)]
         (a, info), (b, same) = map(state.read, paths)
-        assert info == same and a.keys() == b.keys()
-        for key, t in a.items():  # weights by what has changed, moments as they are
-            change = t - start[key[5:]] if key.startswith("unet.") else t
-            assert (t - b[key]).norm() <= 2e-3 * change.norm(), (update, key)
+        assert info == same
+        assert_same_updates(a, b, start)
     result = load_file(next(two.glob("unet/*.safetensors")))
     assert all(torch.equal(result[key], b[f"unet.{key}"]) for key in start)
 
