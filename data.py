@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pictures import to_tensor
+import pictures
 
 EMOJI = Path(__file__).parent / "tiny" / "data"
 BACKGROUNDS = {  # the eight colours behind an emoji
@@ -88,7 +88,7 @@ class EmojiSet:
 
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
         composition = self.describe(i)
-        return to_tensor(self.draw(composition)), composition.caption
+        return pictures.to_tensor(self.draw(composition)), composition.caption
 
 
 class Pictures:
@@ -103,15 +103,12 @@ class Pictures:
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
         """Raises OSError, with its name, when the file does not decode."""
         path, caption = self.rows[i]
-        try:
-            picture = Image.open(path).convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise OSError(f"{path}: does not decode ({error})") from None
+        picture = pictures.read(path)
         scale = self.resolution / min(picture.size)
         width, height = (max(self.resolution, round(side * scale)) for side in picture.size)
         left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        return to_tensor(picture.crop((left, top, left + self.resolution, top + self.resolution))), caption
+        return pictures.to_tensor(picture.crop((left, top, left + self.resolution, top + self.resolution))), caption
 
 
 class Captions:
@@ -139,7 +136,7 @@ def check_unicode(texts: Iterable[str], where: str | Path) -> None:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file. Raises ValueError when it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig").split("\n")  # not at what Unicode calls a line's end too
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a UTF-8 text file") from None
 
@@ -177,6 +174,10 @@ def read_coco(path: Path, images: Path | None = None) -> list[tuple[Path, str]]:
         rows = [(files[a["image_id"]], a["caption"]) for a in content["annotations"]]
     except (KeyError, TypeError):
         raise ValueError(f"{path}: not a COCO captions file (images, annotations with image_id and caption)") from None
+    if not rows:
+        raise ValueError(f"{path}: no annotations, so there is nothing to train on")
+    if not all(isinstance(text, str) for _, text in rows):
+        raise ValueError(f"{path}: a caption is not a string")
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder; the images of {path.name} are expected there")
     check_unicode((text for _, text in rows), path)
@@ -214,7 +215,10 @@ def read_prompts(path: str | Path) -> list[str]:
 def open_data(source: str | None, resolution: int):
     """What `--data` names: nothing (the embedded emoji), a folder with `metadata.jsonl`, a COCO file, or prompts."""
     if source is None:
-        return EmojiSet()
+        emoji = EmojiSet()
+        if resolution != emoji.cell:
+            raise ValueError(f"--resolution {resolution}: the embedded images have {emoji.cell} pixels; give --data")
+        return emoji
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such data; give a folder with metadata.jsonl or a COCO captions file")

@@ -136,7 +136,9 @@ def about(path: str) -> dict:
 
 def method_of(checkpoint: str) -> tuple[str, str]:
     """Method and path of a `--checkpoint`, which names the method, or whose run.json or folders tell it."""
-    method, _, path = checkpoint.rpartition("=")
+    method, _, path = checkpoint.partition("=")
+    if method not in NAMES:
+        method, path = "", checkpoint
     if about(path):
         method = method or about(path).get("method")
     elif not method and weights.own_base(path):
@@ -151,14 +153,15 @@ def points_of(args, row: settings.Settings, prompts: list[str]) -> list[Point]:
     base = fingerprint(
         files.find(args.base, "unet"), files.find(args.base, "vae"), files.find(args.base, "text_encoder")
     )
+    tuned = {path: fingerprint(files.find(path, "tuned_unet")) for _, path in map(method_of, args.checkpoint)}
     points = {}
 
     def add(label, is_row, checkpoint, method, kind, value, guidance):
         point = Point(label, is_row, checkpoint, method, kind, value, guidance)
         mixture = point.mixture(args.steps)  # the values are checked before any work is done
         alone = not any(mixture)
-        tuned = "" if alone else fingerprint(files.find(checkpoint, "tuned_unet"))
-        key = fingerprint(base, tuned, mixture, guidance, args.steps, args.resolution, args.dtype, prompts)
+        own = "" if alone else tuned[checkpoint]
+        key = fingerprint(base, own, mixture, guidance, args.steps, args.resolution, args.dtype, prompts)
         name = "base" if alone else f"{method}-{Path(checkpoint).name}"
         place = Path(args.points or Path(args.output_dir, "points"), f"{name}.{kind}={value:g}.{key}")
         point.folder = os.path.relpath(place, args.output_dir)
@@ -364,7 +367,8 @@ def resolve(args, row: settings.Settings) -> list[str]:
     if args.prompts is None:
         prompts = EmojiSet().concepts if row is settings.TINY else list(row.prompts)
     elif args.prompts.endswith(".json") and "captions" in Path(args.prompts).name:
-        prompts = [caption for _, caption in open_data(args.prompts, args.resolution).rows]
+        data = open_data(args.prompts, args.resolution)
+        prompts = [caption for _, caption in data.rows] if isinstance(data, Pictures) else data.prompts
     else:
         prompts = read_prompts(args.prompts)
     return prompts[: args.limit]

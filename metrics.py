@@ -253,13 +253,19 @@ def _reduce(d: Tensor, how: str) -> Tensor:
 
 
 def _spectra_left_out(x: Tensor, group, blocks: int, correction: int) -> Iterator[Tensor]:
-    """The spectrum of x (N, D) without each block in turn; a block is every `blocks`-th prompt."""
+    """The spectrum of x (N, D) without each block in turn; a block is every `blocks`-th prompt.
+
+    NaN where too few stay.
+    """
     x = x - x.mean(0)
     block = _codes(range(len(x)) if group is None else group, x) % blocks
     gram = x.T @ x
     for b in block.unique():
         out = x[block == b]
         n, total = len(x) - len(out), out.sum(0)  # the n that stay sum to -total
+        if n <= correction:
+            yield x.new_full(x.shape[1:], float("nan"))
+            continue
         yield _eigenvalues((gram - out.T @ out - torch.outer(total, total) / n) / (n - correction))
 
 

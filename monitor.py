@@ -5,6 +5,7 @@ trained reward rises while the held-out reward and the diversity fall.
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,32 +21,33 @@ from scheduler import Scheduler
 from unet import UNet
 
 SCHEDULER = Scheduler(40)
+SEEDS = 4  # images of each prompt that are scored
 ERRORS = 2.0  # a change counts from so many of its standard errors on
 
-Scores = dict[str, Tensor]  # "reward", "judge" and "diversity", those that are measured, one value a prompt (P,)
+Scores = dict[str, Tensor]  # "reward", "judge" and "diversity", those that are measured
 
 
 @torch.no_grad()
-def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, switch: int) -> Tensor:
+def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, switch: int) -> Iterator[Tensor]:
     """`count` images a prompt, seeds 0, 1, ..., the base model taking the first `switch` of 40 steps.
 
-    In plain diffusion there is no base: the model in training takes all steps, with guidance. (N, 3, H, W).
+    In plain diffusion there is no base: the model in training takes all steps, with guidance. Some at a time,
+    (n, 3, H, W).
     """
     if isinstance(m.base, UNet):
         m.base.to(args.device)
     base, tuned = (m.ema or m.tuned,) * 2 if args.method == "diffusion" else (m.base, m.tuned)
     asked, seeds = [p for p in prompts for _ in range(count)], list(range(count)) * len(prompts)
-    made, chunk = [], 2 * args.batch_size
+    chunk = 2 * args.batch_size
     for part in (slice(at, at + chunk) for at in range(0, len(asked), chunk)):
         with cli.autocast(args.device, args.dtype):
             images = generate(
                 base, tuned, m.vae, m.text, SCHEDULER, switch_weights(40, switch),
                 asked[part], seeds[part], (args.resolution, args.resolution), row.guidance,
             )  # fmt: skip
-        made.append(images.float())
+        yield images.float()
     if isinstance(m.base, UNet):
         m.base.to("cpu")  # its place is needed for a pass
-    return torch.cat(made)
 
 
 def show(args, m, row: settings.Settings, prompts: list[str], path: Path) -> None:
@@ -54,27 +56,31 @@ def show(args, m, row: settings.Settings, prompts: list[str], path: Path) -> Non
     sides = {"model": (4, 40)} if args.method == "diffusion" else {"base": (2, 40), "tuned": (2, 0)}
     rows, heads = [[] for _ in shown], []
     for name, (count, switch) in sides.items():
-        pictures = to_pictures(images_of(args, m, row, shown, count, switch))
+        pictures = to_pictures(torch.cat(list(images_of(args, m, row, shown, count, switch))))
         rows = [cells + pictures[count * r : count * (r + 1)] for r, cells in enumerate(rows)]
         heads += [f"{name}, seed {k}" for k in range(count)]
     save_png(grid(rows, shown, heads), path)
 
 
 @torch.no_grad()
-def scores_of(images: Tensor, prompts: list[str], m) -> dict[str, Tensor]:
+def scores_of(args, m, row: settings.Settings, prompts: list[str], switch: int) -> Scores:
     """Reward and judge of each image (N,), and the diversity among the images of each prompt (P,)."""
-    asked, scores = [p for p in prompts for _ in range(len(images) // len(prompts))], {}
-    for name, score in {"reward": m.reward, "judge": m.judge}.items():
-        if score is not None:
-            scores[name] = score(images, asked).float().cpu()
-    if m.features is not None:
-        scores["diversity"] = metrics.group_diversity(m.features(images), asked)
+    group = [i for i in range(len(prompts)) for _ in range(SEEDS)]
+    scorers = {"reward": m.reward, "judge": m.judge, "diversity": m.features and (lambda images, _: m.features(images))}
+    parts, at = [], 0
+    for images in images_of(args, m, row, prompts, SEEDS, switch):
+        said = [prompts[i] for i in group[at : at + len(images)]]
+        parts.append({key: score(images, said).float().cpu() for key, score in scorers.items() if score is not None})
+        at += len(images)
+    scores = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    if "diversity" in scores:
+        scores["diversity"] = metrics.group_diversity(scores["diversity"], group)
     return scores
 
 
-def measure(images: Tensor, prompts: list[str], m) -> dict[str, list[float]]:
+def measure(args, m, row: settings.Settings, prompts: list[str], switch: int) -> dict[str, list[float]]:
     """Mean and standard deviation of each of `scores_of`."""
-    scores = scores_of(images, prompts, m)
+    scores = scores_of(args, m, row, prompts, switch)
     return {key: [v.mean().item(), v.std(correction=min(1, len(v) - 1)).item()] for key, v in scores.items()}
 
 
@@ -106,7 +112,7 @@ def line(change: dict[str, tuple[float, float]]) -> str:
 
 def look(args, m, row: settings.Settings, prompts: list[str], about: dict, update: int, values: dict) -> bool:
     """Add to `values` what `--monitor` sees of the tuned model alone; warn, and return True, where it overfits."""
-    scores = scores_of(images_of(args, m, row, prompts, 4, 0), prompts, m)
+    scores = scores_of(args, m, row, prompts, 0)
     per_prompt = {key: v.view(len(prompts), -1).mean(1) for key, v in scores.items()}
     values |= {f"monitor_{key}": round(v.mean().item(), 5) for key, v in per_prompt.items()}
     first = about.setdefault("monitor", {key: v.tolist() for key, v in per_prompt.items()})

@@ -6,13 +6,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import state
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def read(path: str | Path) -> Image.Image:
+    """A picture file in RGB, upright as its EXIF says. Raises OSError, with its name, when it does not decode."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to 8
+                picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises them all
+        raise OSError(f"{path}: not a readable image ({error})") from None
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -95,7 +95,7 @@ def text_features(network: nn.Module, batch: int) -> tuple[Tensor, ...]:
     """What `encode_text` returns for prompts."""
     ids = torch.zeros(batch, network.length, dtype=torch.long)
     if isinstance(network, reward_models.MPS):
-        network.condition_ids = ids[0]
+        network.condition_ids = ids[:1]
     with torch.no_grad():
         return network.encode_text(ids, torch.ones_like(ids))
 

@@ -265,18 +265,9 @@ def build(spec: str, sources: str | list | None = None, device="cpu", dtype=None
 
 def read_image(path: str):
     """One picture as (1, 3, H, W) in [-1, 1]."""
-    import numpy as np
-    import torch
-    from PIL import Image
+    from pictures import read, to_tensor
 
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    return to_tensor(read(path))[None]
 
 
 def score(args: argparse.Namespace) -> None:

@@ -63,6 +63,7 @@ from pictures import grid, save_png, to_pictures  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 
 TOGETHER = 8  # batches that one change from base to tuned model serves
+GRID = 64  # prompts in grid.png, the first ones
 
 
 def parameters_line(prompt: str, seed: int, args, size: tuple[int, int]) -> str:
@@ -94,6 +95,8 @@ def main(args) -> None:
     known = choose(args)
     config = weights.read_config(args.base, "unet")
     row = settings.of(args.base, config)
+    if args.aig is not None and args.switch is not None:
+        raise ValueError("--aig and --switch: give one of the two")
     if args.switch is None:
         args.switch = round(row.switch.get(known.get("method"), row.start) * args.steps / 40)
     if args.guidance is None:
@@ -125,23 +128,22 @@ def main(args) -> None:
 
     output, size = Path(args.output_dir), (resolution, resolution)
     jobs = [(p, args.seed + k) for p in prompts for k in range(args.images_per_prompt)]
-    pictures = []
-    together = TOGETHER * batch
+    n, together = args.images_per_prompt, TOGETHER * batch
+    shown = []  # in the grid
     for at in tqdm(range(0, len(jobs), together), desc="sampling", unit=f"{together} images"):
         asked, seeds = zip(*jobs[at : at + together], strict=True)
         with cli.autocast(args.device, args.dtype):
             images = generate(
                 base, tuned, vae, text, scheduler, mixture, list(asked), list(seeds), size, args.guidance, batch
             )
-        pictures += to_pictures(images)
-    for i, ((prompt, seed), picture) in enumerate(zip(jobs, pictures, strict=True)):
-        path = output / f"{i // args.images_per_prompt:05d}-{seed}.png"
-        save_png(picture, path, parameters_line(prompt, seed, args, size))
-    n = args.images_per_prompt
-    rows = [pictures[i : i + n] for i in range(0, len(pictures), n)]
+        pictures = to_pictures(images)
+        for i, (prompt, seed, picture) in enumerate(zip(asked, seeds, pictures, strict=True), at):
+            save_png(picture, output / f"{i // n:05d}-{seed}.png", parameters_line(prompt, seed, args, size))
+        shown = (shown + pictures)[: GRID * n]
+    rows = [shown[i : i + n] for i in range(0, len(shown), n)]
     heads = [f"seed {args.seed + k}" for k in range(n)]
-    save_png(grid(rows, prompts, heads, cell=min(256, max(128, resolution))), output / "grid.png")
-    print(f"{len(pictures)} images and grid.png written to {output}")
+    save_png(grid(rows, prompts[:GRID], heads, cell=min(256, max(128, resolution))), output / "grid.png")
+    print(f"{len(jobs)} images and grid.png written to {output}")
 
 
 if __name__ == "__main__":

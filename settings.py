@@ -92,10 +92,15 @@ ROWS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
 
 
 def of(base: str, config: dict | None = None) -> Settings:
-    """The row of a named base, or of a folder by its UNet's `config.json`: by the width of the text states."""
+    """The row of a named base, or of a folder by its UNet's `config.json`: by the width of the text states.
+
+    Raises ValueError for SD2.
+    """
     if base in ROWS:
         return ROWS[base]
     width = (config or {}).get("cross_attention_dim")
+    if width == 1024:
+        raise ValueError(f"{base}: an SD2 model by its text states of width 1024; SD1.5 and SDXL are supported")
     return {768: SD15, 2048: SDXL}.get(width, TINY)
 
 

@@ -307,6 +307,7 @@ def add_gradients(args, m, stream: Stream, cache, update: int, position: int) ->
     return logs
 
 
+@torch.no_grad()
 def update_weights(args, m, optimizer, update: int, values: dict[str, float]) -> bool:
     """One optimizer step, unless the gradient or a logged value is not finite: returns whether it was taken.
 
@@ -341,6 +342,8 @@ def main(args) -> None:
         folder = runs.new_folder(args)
         cli.check_writable(folder)
     prompts = read_prompts(args.prompts) if args.prompts else list(row.prompts)
+    if args.monitor and len(prompts) < 2:
+        raise ValueError("--monitor compares prompts with their scatter: --prompts must name two or more")
     data = open_data(args.data, args.resolution)
     if isinstance(data, Captions) and args.method != "refl":
         raise ValueError(f"--data {args.data}: {args.method} needs images, and these are prompts alone")
@@ -446,7 +449,7 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
 def look_at_base(args, m, row: settings.Settings, prompts: list[str], about: dict, update: int, folder: Path) -> None:
     """Note how the base does, unless that is known, and show it."""
     if args.method != "diffusion" and "base" not in about["table"]:
-        about["table"]["base"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, 40), prompts, m)
+        about["table"]["base"] = monitor.measure(args, m, row, prompts, 40)
     if args.monitor and "monitor" not in about:
         monitor.look(args, m, row, prompts, about, update, {})
     runs.describe(folder, about)
@@ -457,8 +460,8 @@ def look_at_base(args, m, row: settings.Settings, prompts: list[str], about: dic
 def compare(args, m, row: settings.Settings, prompts: list[str], about: dict, folder: Path) -> None:
     """Say how the samples have changed, and how to use the result."""
     switch, table = row.switch[args.method], about["table"]
-    table["tuned"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, 0), prompts, m)
-    table[f"--switch {switch}"] = monitor.measure(monitor.images_of(args, m, row, prompts, 4, switch), prompts, m)
+    table["tuned"] = monitor.measure(args, m, row, prompts, 0)
+    table[f"--switch {switch}"] = monitor.measure(args, m, row, prompts, switch)
     print(f"\n{len(prompts)} prompts x 4 seeds, mean ± standard deviation\n{monitor.layout(table)}\n")
     print(f"sample from it:  python sample.py --checkpoint {folder} --switch {switch}")
 

@@ -37,9 +37,22 @@ CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads":
 CLIP_G |= {"hidden_act": "gelu", "projection_dim": 1280, "eos_token_id": 2}
 
 
+def check_prediction(place: Path) -> None:
+    """Raises ValueError where a UNet is marked as one that does not predict the noise."""
+    if place.is_dir():
+        beside = place.parent / "scheduler" / "scheduler_config.json"
+        kind = files.read_json(beside).get("prediction_type", "epsilon") if beside.is_file() else "epsilon"
+    else:
+        kind = "v_prediction" if "v_pred" in files.read(place) else "epsilon"
+    if kind != "epsilon":
+        raise ValueError(f"{place}: prediction_type {kind}; what works here predicts the noise, epsilon")
+
+
 def read_config(source: str | Path, component: str = "unet") -> dict:
     """The `config.json` of a component. A single file has none: its header may say it, else it is a published one."""
     place = find(source, component)
+    if component == "unet":
+        check_prediction(place)
     if place.is_dir():
         return files.read_json(place / "config.json")
     stored = json.loads(files.read_metadata(place).get("config", "{}"))

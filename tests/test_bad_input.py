@@ -58,6 +58,8 @@ CASES = [
     ("train", "--ema 0.9", "--ema"),
     ("train", "--method refl --cache-latents", "--cache-latents"),
     ("train", "--resolution 60 --method diffusion --base {mini}", "--resolution 60"),
+    ("train", "--resolution 128", "the embedded images have 64 pixels"),
+    ("train", "--monitor 5 --prompts {bad}/one.txt", "two or more"),
     ("train", "--method diffusion --monitor 5", "--monitor"),
     ("train", "--stop-on-collapse", "--stop-on-collapse"),
     ("train", "--dino nowhere", "--dino"),
@@ -68,6 +70,8 @@ CASES = [
     ("train", "--base sdxl --data tiny", "stabilityai/stable-diffusion-xl-base-1.0"),
     ("train", "--base {bad}/no_weights", "no_weights"),
     ("train", "--base {bad}/loop", "loop"),
+    ("train", "--base {bad}/sd2", "an SD2 model"),
+    ("train", "--base {bad}/v_prediction", "prediction_type v_prediction"),
     ("train", "--method diffusion --base {bad}/cut", WEIGHTS),
     ("train", "--reward beauty", "beauty"),
     ("train", "--reward pickscore", "yuvalkirstain/PickScore_v1"),
@@ -87,6 +91,8 @@ CASES = [
     ("train", "--data {bad}/empty.json", "not valid JSON"),
     ("train", "--data {bad}/object.json", "not a COCO captions file"),
     ("train", "--data {bad}/coco.json", "no such folder"),
+    ("train", "--data {bad}/coco_empty.json", "no annotations"),
+    ("train", "--data {bad}/coco_null.json", "a caption is not a string"),
     ("train", "--method diffusion --sample-every 0 --base {mini} --data {bad}/undecodable", "none of the 1 images"),
     ("train", "--prompts nowhere.txt", "nowhere.txt"),
     ("train", "--prompts {bad}", "bad input"),
@@ -110,6 +116,7 @@ CASES = [
     ("sample", "--eta 2", "eta"),
     ("sample", "--eta nan", "eta"),
     ("sample", "--aig -1", "--aig"),
+    ("sample", "--aig 1 --switch 3", "--aig and --switch"),
     ("sample", "--guidance nan", "--guidance"),
     ("sample", "--seed -1", "--seed"),
     ("sample", "--seed 99999999999999999999", "--seed"),
@@ -186,13 +193,17 @@ def bad(tmp_path_factory, mini):
     folder = tmp_path_factory.mktemp("x") / "bad input"
     unet, config = (Path(mini) / "unet" / WEIGHTS).read_bytes(), (Path(mini) / "unet" / "config.json").read_text()
     coco = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    null = coco | {"annotations": [{"image_id": 1, "caption": None}]}
     row = '{"file_name": "a.png", "text": %s}'
     contents = {
         "blank.txt": "\n \n",
+        "one.txt": "fox",
         "latin.txt": "caf\u00e9".encode("latin-1"),
         "empty.json": "",
         "object.json": "{}",
         "coco.json": json.dumps(coco),
+        "coco_empty.json": json.dumps(coco | {"annotations": []}),
+        "coco_null.json": json.dumps(null),
         "numbers.json": "[1, 2]",
         "surrogate.json": json.dumps([LONE]),
         "empty.safetensors": "",
@@ -216,15 +227,19 @@ def bad(tmp_path_factory, mini):
         f"html/{WEIGHTS}": "<html>not found</html>",
         "other_shape/config.json": config.replace("16,", "24,"),
         f"other_shape/{WEIGHTS}": unet,
+        "sd2/unet/config.json": json.dumps(json.loads(config) | {"cross_attention_dim": 1024}),
+        f"sd2/unet/{WEIGHTS}": unet,
+        "v_prediction/scheduler/scheduler_config.json": '{"prediction_type": "v_prediction"}',
     }
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (folder / "no_weights").mkdir()
     (folder / "loop").symlink_to(folder / "loop")
-    (folder / "cut" / "vae").symlink_to(Path(mini) / "vae")
-    for name in ("text_encoder", "tokenizer"):
+    for name in ("vae", "text_encoder", "tokenizer"):
         (folder / "cut" / name).symlink_to(Path(mini) / name)
+    for name in ("unet", "vae", "text_encoder", "tokenizer"):
+        (folder / "v_prediction" / name).symlink_to(Path(mini) / name)
     Image.effect_noise((64, 64), 50).save(folder / "whole.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:1500])
     return folder

@@ -1,9 +1,12 @@
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import pictures
 from data import BACKGROUNDS, Captions, EmojiSet, Pictures, Stream, open_data, read_coco, read_metadata, read_prompts
 from pictures import to_pictures, to_tensor
 
@@ -105,6 +108,31 @@ def test_a_picture_that_does_not_decode_is_named_once_and_left_out(folder, capsy
     assert capsys.readouterr().err.count("1.png") == 1
 
 
+def test_a_picture_with_a_hole_does_not_decode_either(folder):
+    """PIL raises a SyntaxError for it, once the file is large enough for several chunks."""
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400), dtype=np.uint8)).save(content, "png")
+    whole = content.getvalue()
+    (folder / "0.png").write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    with pytest.raises(SyntaxError):
+        Image.open(folder / "0.png").load()
+    stream = Stream(open_data(str(folder), 16), seed=0)
+    stream.batch(4)
+    assert stream.left_out == {0}
+
+
+def test_a_picture_is_upright_and_keeps_its_greys(tmp_path):
+    sideways = Image.new("L", (16, 16))
+    sideways.paste(255, (0, 0, 16, 8))  # bright on top; turned by a quarter it is bright on the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sideways.save(tmp_path / "a.png", exif=exif)
+    assert np.asarray(pictures.read(tmp_path / "a.png"))[..., 0].mean(0).tolist() == [0] * 8 + [255] * 8
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(ramp).save(tmp_path / "b.png")
+    assert np.asarray(pictures.read(tmp_path / "b.png"))[..., 1].flatten().tolist() == list(range(256))
+
+
 def test_what_stands_at_a_position_does_not_depend_on_what_was_read_before(folder):
     (folder / "1.png").write_bytes(b"not a picture")
     data = open_data(str(folder), 16)
@@ -169,6 +197,15 @@ def test_a_bad_prompt_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
         read_prompts(tmp_path / name)
+
+
+def test_lines_end_where_a_line_break_is_and_not_where_unicode_has_another(folder):
+    text = "a fox\u2028on\x85grass\x0cin spring"
+    row = json.dumps({"file_name": "0.png", "text": text.replace("\x0c", "")}, ensure_ascii=False)
+    (folder / "metadata.jsonl").write_text(row + "\r\n", encoding="utf-8")
+    assert [caption for _, caption in read_metadata(folder)] == [text.replace("\x0c", "")]
+    (folder / "prompts.txt").write_text(f"{text}\r\nan owl\n", encoding="utf-8")
+    assert read_prompts(folder / "prompts.txt") == [text, "an owl"]
 
 
 def test_missing_data_is_named():

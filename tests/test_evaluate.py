@@ -109,6 +109,27 @@ def test_measures_of_the_published_bases(tmp_path, monkeypatch):
     assert results["points"][0]["values"]["fid"][0] == pytest.approx(metrics.fid(made, real), rel=1e-4)
 
 
+def test_a_single_prompt_has_values_without_errors(tmp_path):
+    (tmp_path / "one.txt").write_text("octopus\n")
+    results = run(tmp_path, "--prompts", str(tmp_path / "one.txt"))
+    values = results["points"][0]["values"]
+    assert values["covdist"][0] > 0 and values["covdist"][1] is None and values["tiny"][1] is None
+
+
+def test_the_path_of_a_checkpoint_may_hold_an_equals_sign(tmp_path):
+    folder = tmp_path / "lr=3e-4"
+    assert evaluate.method_of(f"refl={folder}") == ("refl", str(folder))
+    folder.mkdir()
+    (folder / "run.json").write_text('{"args": {"method": "imagerefl"}}')
+    assert evaluate.method_of(str(folder)) == ("imagerefl", str(folder))
+
+
+def test_a_list_of_prompts_may_be_called_captions(tmp_path):
+    (tmp_path / "captions.json").write_text('["octopus", "fox"]')
+    args = evaluate.parse_args(["--prompts", str(tmp_path / "captions.json"), "--output-dir", str(tmp_path / "e")])
+    assert evaluate.resolve(args, evaluate.settings.TINY) == ["octopus", "fox"]
+
+
 def test_other_prompts_are_other_images(evaluated):
     folder, flags, results = evaluated
     args = evaluate.parse_args([*SMALL, *flags])

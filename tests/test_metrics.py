@@ -245,6 +245,12 @@ def test_spectral_errors_are_the_jackknife_over_blocks_of_prompts():
         assert result[k] == pytest.approx((distance(x, y), math.sqrt(variance)), rel=1e-9)
 
 
+@pytest.mark.parametrize("group", [[0] * 5, [0, 0, 1, 1, 1]])
+def test_spectral_errors_of_one_prompt_are_unknown_and_of_two_known(group):
+    pair = metrics.spectral_distances_and_errors(normal(5, 3, 1), normal(5, 3, 2), group_x=group)
+    assert all(math.isfinite(value) and math.isnan(error) == (max(group) == 0) for value, error in pair)
+
+
 def test_spectral_errors_are_the_spread_of_repeated_draws():
     results = np.array(draws(lambda x, y: metrics.spectral_distances_and_errors(x, y, blocks=10), runs=50))
     spread, error = results[:, :, 0].std(0, ddof=1), results[:, :, 1].mean(0)

@@ -1,5 +1,9 @@
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+import metrics
 import monitor
 
 
@@ -38,3 +42,20 @@ def test_works_without_a_judge():
     first, now = ({k: v for k, v in s.items() if k != "judge"} for s in (FIRST, look(0.8, 0.5, 0.1)))
     assert monitor.overfits(monitor.changes(first, now))
     assert "judge" not in monitor.line(monitor.changes(first, now))
+
+
+def test_images_are_scored_as_they_come_and_a_prompt_that_stands_twice_is_two(monkeypatch):
+    prompts, images = ["fox", "fox", "owl"], torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(monitor, "images_of", lambda *_: iter(images.split(5)))
+    asked = []
+
+    def reward(part, said):
+        asked.append(said)
+        return part.mean((1, 2, 3))
+
+    m = SimpleNamespace(reward=reward, judge=None, features=lambda part: part.flatten(1))
+    scores = monitor.scores_of(None, m, None, prompts, 0)
+    assert asked == [["fox"] * 5, ["fox"] * 3 + ["owl"] * 2, ["owl"] * 2]
+    assert torch.equal(scores["reward"], images.mean((1, 2, 3)))
+    each = [metrics.group_diversity(part.flatten(1), [0] * 4).item() for part in images.split(4)]
+    assert scores["diversity"].tolist() == pytest.approx(each)

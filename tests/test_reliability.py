@@ -209,6 +209,13 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_weights(kills, mini, tm
         runs += 1
 
 
+def test_the_average_of_the_weights_does_not_remember_how_it_came_about(mini, tmp_path, fast, monkeypatch):
+    seen, save_result = [], train.runs.save_result
+    monkeypatch.setattr(train.runs, "save_result", lambda args, m, *rest: seen.append(m) or save_result(args, m, *rest))
+    begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "2", "--ema", "0.9")
+    assert not any(p.requires_grad or p.grad_fn for p in seen[0].ema.parameters())
+
+
 # ------------------------------------------------------------------------------------------------ states
 
 

@@ -149,6 +149,11 @@ def test_the_cost_of_an_image_adds_up():
     assert costs["3:1 mix"] == (3 * costs["imagerefl"] + costs["refl"]) / 4
 
 
+def test_a_reward_that_looks_at_a_condition_can_be_planned(capsys):
+    train.main(train.parse_args(["--base", "sd15", "--reward", "mps", "--plan", "--gpu-memory", "80"]))
+    assert "--batch-size" in capsys.readouterr().out
+
+
 def test_followed_allocations_are_those_of_the_tensors():
     with plan.Allocations() as memory:
         a = torch.empty(1000)
