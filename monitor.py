@@ -56,7 +56,9 @@ def show(args, m, row: settings.Settings, prompts: list[str], path: Path) -> Non
     sides = {"model": (4, 40)} if args.method == "diffusion" else {"base": (2, 40), "tuned": (2, 0)}
     rows, heads = [[] for _ in shown], []
     for name, (count, switch) in sides.items():
-        pictures = to_pictures(torch.cat(list(images_of(args, m, row, shown, count, switch))))
+        pictures = m.shown.get(name) or to_pictures(torch.cat(list(images_of(args, m, row, shown, count, switch))))
+        if name == "base":
+            m.shown[name] = pictures  # which stay what they are
         rows = [cells + pictures[count * r : count * (r + 1)] for r, cells in enumerate(rows)]
         heads += [f"{name}, seed {k}" for k in range(count)]
     save_png(grid(rows, shown, heads), path)

@@ -182,7 +182,7 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
     """Everything with weights: `unet` trains, the rest is frozen; None for what the method does not need."""
     device, tunes = args.device, args.method != "diffusion"
     frozen = cli.stored(args)
-    m = SimpleNamespace(base=None, reward=None, judge=None, features=None, ema=None)
+    m = SimpleNamespace(base=None, reward=None, judge=None, features=None, ema=None, shown={})
     if tunes:
         m.reward = rewards.build(args.reward, args.reward_weights, device, frozen if frozen != torch.float32 else None)
         m.judge = rewards.build(args.judge, args.judge_weights, device) if args.judge else None
@@ -192,6 +192,7 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
             m.features = metrics.clip_features(settings.FEATURES, device)
     m.text = weights.load_text(args.base, device, frozen)
     m.vae = weights.load_vae(args.base, device, frozen).requires_grad_(False)
+    m.vae.to(memory_format=torch.channels_last)  # benchmarks/notes.md says what it saves
     if args.text_on_cpu:
         for part in (m.text, *(reward for total in (m.reward, m.judge) if total for reward in total.rewards)):
             part.on_cpu()

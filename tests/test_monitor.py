@@ -59,3 +59,18 @@ def test_images_are_scored_as_they_come_and_a_prompt_that_stands_twice_is_two(mo
     assert torch.equal(scores["reward"], images.mean((1, 2, 3)))
     each = [metrics.group_diversity(part.flatten(1), [0] * 4).item() for part in images.split(4)]
     assert scores["diversity"].tolist() == pytest.approx(each)
+
+
+def test_the_base_is_drawn_once_for_all_grids(monkeypatch, tmp_path):
+    drawn = []
+
+    def images_of(args, m, row, prompts, count, switch):
+        drawn.append(switch)
+        return iter([torch.zeros(count * len(prompts), 3, 8, 8)])
+
+    monkeypatch.setattr(monitor, "images_of", images_of)
+    m = SimpleNamespace(shown={})
+    for name in ("a.png", "b.png"):
+        monitor.show(SimpleNamespace(method="refl"), m, None, ["fox", "owl"], tmp_path / name)
+    assert drawn == [40, 0, 0]
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
