@@ -36,7 +36,7 @@ def parse_args(argv=None):
         "--aig-guidance",
         type=number(float, 0),
         default=1.0,
-        help="of the base model in AIG (default: 1, none, as in the paper)",
+        help="of the base model in AIG (default: 1, none, as in the official code)",
     )
     add("--prompts", help="text file, HPDv2 test.json or benchmark file, COCO captions (default: the base's own)")
     add("--limit", type=positive, help="take only the first so many prompts")

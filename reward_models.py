@@ -346,7 +346,7 @@ def lower(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 class Reward:
-    """`reward(images, prompts) -> (B,)`: the raw score; `scaled` is what the loss sees.
+    """`reward(images, prompts) -> (B,)`: the raw score; the loss sees it after `rescale`.
 
     images: float (B, 3, H, W) in [-1, 1], any size, differentiable; prompts: B strings. The network is frozen.
     Whatever autocast surrounds the call, all but the vision tower is float32, and that too unless `network.dtype`

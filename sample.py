@@ -33,7 +33,7 @@ def parse_args(argv=None):
         type=number(float, 0),
         help="of the base model (default: 7.5, SDXL 5.0, tiny 2.0); the tuned one has none",
     )
-    add("--eta", type=float, default=1.0, help="0: DDIM, 1: DDPM (default: 1, as in the paper)")
+    add("--eta", type=float, default=1.0, help="0: DDIM, 1: DDPM (default: 1, as in the official code)")
     add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
     add(
         "--seed",
@@ -100,7 +100,7 @@ def main(args) -> None:
     if args.switch is None:
         args.switch = round(row.switch.get(known.get("method"), row.start) * args.steps / 40)
     if args.guidance is None:
-        args.guidance = row.guidance if args.aig is None else 1.0  # the paper's AIG guides neither model
+        args.guidance = row.guidance if args.aig is None else 1.0  # the official AIG guides neither model
     args.device = cli.device(args.device)
     args.dtype = args.dtype or cli.dtype(args.device)
     resolution = args.resolution or row.resolution

@@ -1,6 +1,6 @@
 """The noise schedule and the sampler, with explicit coefficients: x_{t-1} = a_t x_t + b_t eps + c_t z.
 
-DDIM with any eta in [0, 1]; eta = 1 is exactly strided DDPM, which the paper's runs used. Timesteps are "leading" with
+DDIM with any eta in [0, 1]; eta = 1 is exactly strided DDPM, which the official code uses. Timesteps are "leading" with
 offset 1 (40 steps: 976, 951, ..., 26, 1), step index i counts from the noise end, and the last step returns the
 predicted x0. The schedule is the one of SD1.5 and SDXL. Coefficients are float64 arrays, one entry a step.
 """

@@ -68,7 +68,7 @@ TINY = Settings(
         "fox",
     ),  # fmt: skip
 )
-SD15 = Settings(  # Table 1, SD1.5 rows; Section 5.1
+SD15 = Settings(  # Table 1, SD1.5 rows; Section 5.1; `diffusion` is ours
     resolution=512,
     reward="hpsv2.1",
     guidance=7.5,
@@ -81,7 +81,7 @@ SD15 = Settings(  # Table 1, SD1.5 rows; Section 5.1
     shift=0,
     prompts=PROMPTS,
 )
-SDXL = replace(  # Table 1, SDXL rows; Section 5.1
+SDXL = replace(  # Section 5.1; t' follows the names of the official runs
     SD15,
     guidance=5.0,
     switch={"refl": 20, "imagerefl": 35},

@@ -36,7 +36,7 @@ class TextEncoder:
     def __call__(self, prompts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
         """`size`: height and width in pixels, which only SDXL asks for.
 
-        Returns context (B, S, D), and for SDXL pooled (B, 1280) and time_ids (B, 6), in the encoders' dtype.
+        Returns context (B, S, D) and for SDXL pooled (B, 1280), in the encoders' dtype, and time_ids (B, 6), float32.
         """
         features = [self.features(prompt) for prompt in prompts]
         conditioning = {key: torch.cat([f[key] for f in features]).to(self.device) for key in features[0]}

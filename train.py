@@ -39,7 +39,7 @@ def parse_args(argv=None):
     add(
         "--max-grad-norm",
         type=number(float, 0),
-        help="clip the gradient to this norm (default: no clipping, as in the paper)",
+        help="clip the gradient to this norm (default: no clipping, as in the official runs)",
     )
     add("--start", type=int, help="of 40 steps, the index of t' (default: 30, SDXL 35)")
     add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")

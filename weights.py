@@ -187,7 +187,9 @@ def own_base(checkpoint: str | Path) -> str | None:
     """The source of the base model where a checkpoint brings it along, as the authors' folders do, else None."""
     place = find(checkpoint, "tuned_unet")
     whole = place.name == "fine_tuned_unet" and (place.parent / "original_unet").is_dir()
-    return str(place.parent) if whole else None
+    if not whole:
+        return None
+    return str(place.parent if Path(checkpoint).exists() else checkpoint)  # of the hub, the rest is still to be fetched
 
 
 def check_resolution(base: str | Path, pixels: int) -> None:

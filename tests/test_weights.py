@@ -402,6 +402,14 @@ def test_the_authors_folders_hold_both_unets(tmp_path):
         weights.load_tuned(folder, pipeline_of("sd15"))
 
 
+def test_the_base_of_the_authors_repository_is_the_repository(tmp_path, monkeypatch):
+    """Not the folder in the cache, which holds the UNets alone until the rest is asked for."""
+    (tmp_path / "original_unet").mkdir()
+    monkeypatch.setattr(weights, "find", lambda source, component: tmp_path / "fine_tuned_unet")
+    assert weights.own_base("ControlGenAI/ImageReFL_HPS_SD") == "ControlGenAI/ImageReFL_HPS_SD"
+    assert weights.own_base(tmp_path) == str(tmp_path)
+
+
 def write_vocabulary(folder: Path) -> None:
     """A vocabulary of letters; the end of a text is the largest id, which is where CLIP looks for it."""
     letters = "abcdefghijklmnopqrstuvwxyz"

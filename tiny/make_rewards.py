@@ -153,6 +153,8 @@ def failures(folder: Path) -> list[Example]:
         concept = picture.info["parameters"].split("\n")[0].split(",")[0]
         shows = Composition(concept, "none", "none", 64, 0, 0, concept)
         examples.append(Example(to_tensor(picture), shows, 0.8))
+    if not examples:
+        raise FileNotFoundError(f"{folder}: no pictures by sample.py in it")
     return examples
 
 
