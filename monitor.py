@@ -15,7 +15,7 @@ from tqdm import tqdm
 import cli
 import metrics
 import settings
-from combined import generate, switch_weights
+from combined import generate_each, switch_weights
 from pictures import grid, save_png, to_pictures
 from scheduler import Scheduler
 from unet import UNet
@@ -28,11 +28,13 @@ Scores = dict[str, Tensor]  # "reward", "judge" and "diversity", those that are 
 
 
 @torch.no_grad()
-def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, switch: int) -> Iterator[Tensor]:
-    """`count` images a prompt, seeds 0, 1, ..., the base model taking the first `switch` of 40 steps.
+def images_of(
+    args, m, row: settings.Settings, prompts: list[str], count: int, switches: list[int]
+) -> Iterator[list[Tensor]]:
+    """`count` images a prompt, seeds 0, 1, ..., for each switch: the base model takes so many of 40 steps.
 
     In plain diffusion there is no base: the model in training takes all steps, with guidance. Some at a time,
-    (n, 3, H, W).
+    (n, 3, H, W) for each switch; steps that switches share are taken once.
     """
     if isinstance(m.base, UNet):
         m.base.to(args.device)
@@ -41,11 +43,11 @@ def images_of(args, m, row: settings.Settings, prompts: list[str], count: int, s
     chunk = 2 * args.batch_size
     for part in (slice(at, at + chunk) for at in range(0, len(asked), chunk)):
         with cli.autocast(args.device, args.dtype):
-            images = generate(
-                base, tuned, m.vae, m.text, SCHEDULER, switch_weights(40, switch),
+            made = generate_each(
+                base, tuned, m.vae, m.text, SCHEDULER, [switch_weights(40, switch) for switch in switches],
                 asked[part], seeds[part], (args.resolution, args.resolution), row.guidance,
             )  # fmt: skip
-        yield images.float()
+        yield [images.float() for images in made]
     if isinstance(m.base, UNet):
         m.base.to("cpu")  # its place is needed for a pass
 
@@ -56,7 +58,10 @@ def show(args, m, row: settings.Settings, prompts: list[str], path: Path) -> Non
     sides = {"model": (4, 40)} if args.method == "diffusion" else {"base": (2, 40), "tuned": (2, 0)}
     rows, heads = [[] for _ in shown], []
     for name, (count, switch) in sides.items():
-        pictures = m.shown.get(name) or to_pictures(torch.cat(list(images_of(args, m, row, shown, count, switch))))
+        if name in m.shown:
+            pictures = m.shown[name]
+        else:
+            pictures = to_pictures(torch.cat([images for (images,) in images_of(args, m, row, shown, count, [switch])]))
         if name == "base":
             m.shown[name] = pictures  # which stay what they are
         rows = [cells + pictures[count * r : count * (r + 1)] for r, cells in enumerate(rows)]
@@ -65,25 +70,31 @@ def show(args, m, row: settings.Settings, prompts: list[str], path: Path) -> Non
 
 
 @torch.no_grad()
-def scores_of(args, m, row: settings.Settings, prompts: list[str], switch: int) -> Scores:
-    """Reward and judge of each image (N,), and the diversity among the images of each prompt (P,)."""
+def scores_of(args, m, row: settings.Settings, prompts: list[str], switches: list[int]) -> list[Scores]:
+    """For each switch reward and judge of each image (N,), and the diversity among the images of each prompt (P,)."""
     group = [i for i in range(len(prompts)) for _ in range(SEEDS)]
     scorers = {"reward": m.reward, "judge": m.judge, "diversity": m.features and (lambda images, _: m.features(images))}
-    parts, at = [], 0
-    for images in images_of(args, m, row, prompts, SEEDS, switch):
-        said = [prompts[i] for i in group[at : at + len(images)]]
-        parts.append({key: score(images, said).float().cpu() for key, score in scorers.items() if score is not None})
-        at += len(images)
-    scores = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    if "diversity" in scores:
+    scorers = {key: score for key, score in scorers.items() if score is not None}
+    found, at = [{key: [] for key in scorers} for _ in switches], 0
+    for made in images_of(args, m, row, prompts, SEEDS, switches):
+        said = [prompts[i] for i in group[at : at + len(made[0])]]
+        at += len(said)
+        for scores, images in zip(found, made, strict=True):
+            for key, score in scorers.items():
+                scores[key].append(score(images, said).float().cpu())
+    found = [{key: torch.cat(parts) for key, parts in scores.items()} for scores in found]
+    for scores in found if "diversity" in scorers else []:
         scores["diversity"] = metrics.group_diversity(scores["diversity"], group)
-    return scores
+    return found
 
 
-def measure(args, m, row: settings.Settings, prompts: list[str], switch: int) -> dict[str, list[float]]:
-    """Mean and standard deviation of each of `scores_of`."""
-    scores = scores_of(args, m, row, prompts, switch)
-    return {key: [v.mean().item(), v.std(correction=min(1, len(v) - 1)).item()] for key, v in scores.items()}
+def measure(args, m, row: settings.Settings, prompts: list[str], switches: dict[str, int]) -> dict[str, dict]:
+    """Mean and standard deviation of each of `scores_of`, a row for each named switch."""
+    found = scores_of(args, m, row, prompts, list(switches.values()))
+    return {
+        name: {key: [v.mean().item(), v.std(correction=min(1, len(v) - 1)).item()] for key, v in scores.items()}
+        for name, scores in zip(switches, found, strict=True)
+    }
 
 
 def layout(table: dict[str, dict[str, list[float]]]) -> str:
@@ -114,7 +125,7 @@ def line(change: dict[str, tuple[float, float]]) -> str:
 
 def look(args, m, row: settings.Settings, prompts: list[str], about: dict, update: int, values: dict) -> bool:
     """Add to `values` what `--monitor` sees of the tuned model alone; warn, and return True, where it overfits."""
-    scores = scores_of(args, m, row, prompts, 0)
+    (scores,) = scores_of(args, m, row, prompts, [0])
     per_prompt = {key: v.view(len(prompts), -1).mean(1) for key, v in scores.items()}
     values |= {f"monitor_{key}": round(v.mean().item(), 5) for key, v in per_prompt.items()}
     first = about.setdefault("monitor", {key: v.tolist() for key, v in per_prompt.items()})

@@ -50,7 +50,7 @@ def read(args) -> Path:
 
 def begin(args, folder: Path, update: int) -> dict:
     """Put the folder in order to go on after `update`; returns the content of its `run.json`."""
-    about = json.loads((folder / "run.json").read_text()) if args.resume else {"table": {}}
+    about = json.loads((folder / "run.json").read_text()) if args.resume else {}
     about["args"] = {k: v for k, v in vars(args).items() if k not in ("resume", "override", "shard", "given")}
     about.pop("finished", None)
     if args.resume:

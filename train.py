@@ -376,10 +376,10 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
             m.net.refresh()
     stream = Stream(data, args.seed)
     cache = encode_all(args, m.vae, data) if args.cache_latents else None
-    about = {"table": {}}
+    about = {}
     if FIRST:
         about = runs.begin(args, folder, progress["update"])
-        look_at_base(args, m, row, prompts, about, progress["update"], folder)
+        look_at_start(args, m, row, prompts, about, progress["update"], folder)
     first, saved = progress["update"], time.time()
     left = range(first, args.steps)
     bar = tqdm(left, args.method, args.steps, initial=first, unit="update", disable=not FIRST)
@@ -447,10 +447,8 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
         print(f"written to {folder}")
 
 
-def look_at_base(args, m, row: settings.Settings, prompts: list[str], about: dict, update: int, folder: Path) -> None:
-    """Note how the base does, unless that is known, and show it."""
-    if args.method != "diffusion" and "base" not in about["table"]:
-        about["table"]["base"] = monitor.measure(args, m, row, prompts, 40)
+def look_at_start(args, m, row: settings.Settings, prompts: list[str], about: dict, update: int, folder: Path) -> None:
+    """Show what training begins with, and note how it does where that is to be watched and is not known."""
     if args.monitor and "monitor" not in about:
         monitor.look(args, m, row, prompts, about, update, {})
     runs.describe(folder, about)
@@ -460,10 +458,10 @@ def look_at_base(args, m, row: settings.Settings, prompts: list[str], about: dic
 
 def compare(args, m, row: settings.Settings, prompts: list[str], about: dict, folder: Path) -> None:
     """Say how the samples have changed, and how to use the result."""
-    switch, table = row.switch[args.method], about["table"]
-    table["tuned"] = monitor.measure(args, m, row, prompts, 0)
-    table[f"--switch {switch}"] = monitor.measure(args, m, row, prompts, switch)
-    print(f"\n{len(prompts)} prompts x 4 seeds, mean ± standard deviation\n{monitor.layout(table)}\n")
+    switch = row.switch[args.method]
+    switches = {"base": len(SCHEDULER.steps), "tuned": 0, f"--switch {switch}": switch}
+    about["table"] = monitor.measure(args, m, row, prompts, switches)
+    print(f"\n{len(prompts)} prompts x 4 seeds, mean ± standard deviation\n{monitor.layout(about['table'])}\n")
     print(f"sample from it:  python sample.py --checkpoint {folder} --switch {switch}")
 
 

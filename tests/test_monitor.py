@@ -46,7 +46,7 @@ def test_works_without_a_judge():
 
 def test_images_are_scored_as_they_come_and_a_prompt_that_stands_twice_is_two(monkeypatch):
     prompts, images = ["fox", "fox", "owl"], torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(monitor, "images_of", lambda *_: iter(images.split(5)))
+    monkeypatch.setattr(monitor, "images_of", lambda *_: ([part, -part] for part in images.split(5)))
     asked = []
 
     def reward(part, said):
@@ -54,9 +54,10 @@ def test_images_are_scored_as_they_come_and_a_prompt_that_stands_twice_is_two(mo
         return part.mean((1, 2, 3))
 
     m = SimpleNamespace(reward=reward, judge=None, features=lambda part: part.flatten(1))
-    scores = monitor.scores_of(None, m, None, prompts, 0)
-    assert asked == [["fox"] * 5, ["fox"] * 3 + ["owl"] * 2, ["owl"] * 2]
+    scores, negative = monitor.scores_of(None, m, None, prompts, [40, 0])
+    assert asked[::2] == asked[1::2] == [["fox"] * 5, ["fox"] * 3 + ["owl"] * 2, ["owl"] * 2]
     assert torch.equal(scores["reward"], images.mean((1, 2, 3)))
+    assert torch.equal(negative["reward"], -scores["reward"])
     each = [metrics.group_diversity(part.flatten(1), [0] * 4).item() for part in images.split(4)]
     assert scores["diversity"].tolist() == pytest.approx(each)
 
@@ -64,9 +65,9 @@ def test_images_are_scored_as_they_come_and_a_prompt_that_stands_twice_is_two(mo
 def test_the_base_is_drawn_once_for_all_grids(monkeypatch, tmp_path):
     drawn = []
 
-    def images_of(args, m, row, prompts, count, switch):
-        drawn.append(switch)
-        return iter([torch.zeros(count * len(prompts), 3, 8, 8)])
+    def images_of(args, m, row, prompts, count, switches):
+        drawn.extend(switches)
+        yield [torch.zeros(count * len(prompts), 3, 8, 8) for _ in switches]
 
     monkeypatch.setattr(monitor, "images_of", images_of)
     m = SimpleNamespace(shown={})

@@ -45,7 +45,7 @@ def fast(monkeypatch):
     monkeypatch.setattr(train.weights, "load_text", load_text)
     monkeypatch.setattr(train, "SCHEDULER", Scheduler(12))
     monkeypatch.setattr(monitor, "images_of", lambda *_: None)
-    monkeypatch.setattr(monitor, "measure", lambda *_: {"reward": [0.0, 0.0]})
+    monkeypatch.setattr(monitor, "measure", lambda *_: {"base": {"reward": [0.0, 0.0]}})
 
 
 def begin(mini, folder, *flags: str) -> None:

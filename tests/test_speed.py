@@ -92,7 +92,7 @@ def test_the_rollout_follows_the_weights_in_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Rollout", Spy)
     monkeypatch.setattr(train, "load_models", load)
     monkeypatch.setattr(monitor, "images_of", lambda *_: None)
-    monkeypatch.setattr(monitor, "measure", lambda *_: {"reward": [0.0, 0.0]})
+    monkeypatch.setattr(monitor, "measure", lambda *_: {"base": {"reward": [0.0, 0.0]}})
     flags = ["--method", "imagerefl", "--steps", "3", "--batch-size", "1", "--sample-every", "0", "--lr", "0.1"]
     train.main(train.parse_args([*flags, "--dtype", "float32", "--output-dir", str(tmp_path / "run")]))
     assert len(seen) > 3 and all(seen)

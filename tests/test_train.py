@@ -30,8 +30,8 @@ def painted(monkeypatch):
     """Noise instead of samples, where the test is not about them: 40 steps take their time."""
     noise = torch.Generator().manual_seed(0)
 
-    def images(args, m, row, prompts, count, switch):
-        return torch.rand(len(prompts) * count, 3, 64, 64, generator=noise) * 2 - 1
+    def images(args, m, row, prompts, count, switches):
+        yield [torch.rand(len(prompts) * count, 3, 64, 64, generator=noise) * 2 - 1 for _ in switches]
 
     monkeypatch.setattr(monitor, "images_of", images)
 
@@ -70,6 +70,7 @@ def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(
     monkeypatch.setattr(monitor, "overfits", lambda change: seen.append(change) or len(seen) == 3)
     monkeypatch.setattr(monitor, "changes", lambda first, now: {k: (now[k] - first[k]).tolist() for k in now})
     monkeypatch.setattr(monitor, "line", str)
+    (tmp_path / "prompts.txt").write_text("fox\nowl\n")
     flags = ["--monitor", "2", "--stop-on-collapse", "--prompts", one_prompt]
     run("--steps", "6", *flags, "--output-dir", str(tmp_path / "run"))
     log = log_of(tmp_path / "run")
