@@ -78,7 +78,7 @@ def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(
     assert ["monitor_diversity" in row for row in log] == [False, True, False, True]  # ended after update 4 of 6
     with safe_open(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert file.metadata()["step"] == "4"
-    assert seen[0] == {key: pytest.approx([0, 0], abs=1e-6) for key in ("reward", "judge", "diversity")}  # the first look
+    assert seen[0] == {key: pytest.approx([0, 0], abs=1e-6) for key in ("reward", "judge", "diversity")}  # at first
     first = json.loads((tmp_path / "run" / "run.json").read_text())["monitor"]
     for row, change in zip((log[1], log[3]), seen[1:], strict=True):
         assert row["monitor_reward"] - mean(first["reward"]) == pytest.approx(mean(change["reward"]), abs=1e-4)
