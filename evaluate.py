@@ -153,7 +153,8 @@ def points_of(args, row: settings.Settings, prompts: list[str]) -> list[Point]:
     base = fingerprint(
         files.find(args.base, "unet"), files.find(args.base, "vae"), files.find(args.base, "text_encoder")
     )
-    tuned = {path: fingerprint(files.find(path, "tuned_unet")) for _, path in map(method_of, args.checkpoint)}
+    checkpoints = [method_of(checkpoint) for checkpoint in args.checkpoint]
+    tuned = {path: fingerprint(files.find(path, "tuned_unet")) for _, path in checkpoints}
     points = {}
 
     def add(label, is_row, checkpoint, method, kind, value, guidance):
@@ -169,7 +170,7 @@ def points_of(args, row: settings.Settings, prompts: list[str]) -> list[Point]:
 
     add("Base", True, None, None, "switch", args.steps, args.guidance)
     add("Base, no guidance", True, None, None, "switch", args.steps, 1.0)
-    for method, path in map(method_of, args.checkpoint):
+    for method, path in checkpoints:
         rows = [("switch", 0, ""), ("aig", 1.0, " AIG"), ("switch", row.switch[method], " Combined")]
         if method == "imagerefl":
             rows = [("switch", row.switch[method], "")]  # the paper's row of that name is combined already

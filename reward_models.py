@@ -384,11 +384,8 @@ class Reward:
             self.text_device = "cpu"
 
     def rescale(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw scores brought to about [0, 1]."""
         return (raw + self.offset) * self.factor
-
-    def scaled(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """(B,): the score brought to about [0, 1]."""
-        return self.rescale(self(images, prompts))
 
     def ids(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask (B, S); a prompt that is too long loses its tail but keeps the end token."""

@@ -48,7 +48,7 @@ def test_values_are_those_of_the_images_on_disk(evaluated):
     paths = [folder / point["folder"] / f"{p:05d}-{seed}.png" for p in range(3) for seed in (1, 2)]
     images, asked = torch.stack([to_tensor(Image.open(path)) for path in paths]), [p for p in results["prompts"][:3]]
     asked = [p for p in asked for _ in range(2)]
-    score = rewards.load("tiny2").scaled(images, asked)
+    score = 0.1 * rewards.load("tiny2")(images, asked)
     assert point["values"]["tiny2"] == pytest.approx(metrics.mean_and_error(score, asked), abs=1e-5)
     features = metrics.clip_features(evaluate.settings.FEATURES)(images)
     expected = metrics.mean_and_error(metrics.group_diversity(features, asked))

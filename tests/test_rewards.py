@@ -449,7 +449,7 @@ def test_the_gradient_agrees_with_finite_differences(name, loaded):
 @each_reward
 def test_no_parameter_of_a_reward_gets_a_gradient(name, loaded):
     images = pictures(1).requires_grad_()
-    loaded[name].scaled(images, ["a red fox"]).sum().backward()
+    loaded[name](images, ["a red fox"]).sum().backward()
     assert images.grad.abs().max() > 0
     for parameter in loaded[name].network.parameters():
         assert not parameter.requires_grad and parameter.grad is None
@@ -565,7 +565,8 @@ def test_a_spec_is_parsed_or_refused_with_the_reason():
 def test_a_weighted_sum_is_the_sum_of_the_scaled_rewards(folders, loaded):
     images, prompts = pictures(2), ["a red fox", "fox"]
     total = rewards.build("pickscore=0.5,mps=2", f"{folders['pickscore']},{folders['mps']}")
-    expected = 0.5 * loaded["pickscore"].scaled(images, prompts) + 2 * loaded["mps"].scaled(images, prompts)
+    pickscore, mps = (loaded[name](images, prompts) for name in ("pickscore", "mps"))
+    expected = 0.5 * (pickscore - 20) / 10 + 2 * mps / 10
     torch.testing.assert_close(total(images, prompts), expected, **CLOSE)
     assert total.names == ["pickscore", "mps"]
     with pytest.raises(ValueError, match="--reward-weights names 1 paths, --reward pickscore,mps needs 2"):
