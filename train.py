@@ -192,7 +192,6 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
             m.features = metrics.clip_features(settings.FEATURES, device)
     m.text = weights.load_text(args.base, device, frozen)
     m.vae = weights.load_vae(args.base, device, frozen).requires_grad_(False)
-    m.vae.to(memory_format=torch.channels_last)  # benchmarks/notes.md says what it saves
     if args.text_on_cpu:
         for part in (m.text, *(reward for total in (m.reward, m.judge) if total for reward in total.rewards)):
             part.on_cpu()
