@@ -81,6 +81,13 @@ QUICK = Plan(
 )
 
 
+def call(script: str, flags: list[str], place: Path, threads: int) -> None:
+    """Run a command of this folder with so many threads; what it prints goes to the end of the model's log."""
+    command, limits = [sys.executable, str(HERE / script), *flags], {"OMP_NUM_THREADS": str(threads)}
+    with open(f"{place}.log", "a") as log:
+        subprocess.run(command, env=os.environ | limits, stdout=log, stderr=subprocess.STDOUT)
+
+
 def train(place: Path, way: Way, seed: int, threads: int) -> None:
     """Train one model unless it is there; a run that was stopped goes on. Raises ValueError when it stops again."""
     result = place / "unet" / "config.json"  # written last
@@ -92,27 +99,39 @@ def train(place: Path, way: Way, seed: int, threads: int) -> None:
         flags = ["--method", way.method, "--steps", str(way.updates), "--seed", str(seed), *way.flags]
         flags += ["--output-dir", str(place), "--sample-every", "25", "--monitor", "25"]
     print(f"training {place}, see {place}.log", flush=True)
-    command, limits = [sys.executable, str(HERE / "train.py"), *flags], {"OMP_NUM_THREADS": str(threads)}
-    with open(f"{place}.log", "a") as log:
-        subprocess.run(command, env=os.environ | limits, stdout=log, stderr=subprocess.STDOUT)
+    call("train.py", flags, place, threads)
     if not result.exists():
         raise ValueError(f"training stopped, see {place}.log; call reproduce.py again to go on")
 
 
 def train_all(folder: Path, plan: Plan) -> dict[tuple[Way, int], Path]:
-    """Train the models of a plan, one at a time on a GPU, else side by side: a second core speeds up none by much."""
+    """Train and sample the models of a plan, side by side on a CPU, where a second core speeds up none by much."""
     places = {(way, seed): folder / f"{way.name}-{seed}" for seed in plan.seeds for way in plan.ways}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     together = 1 if torch.cuda.is_available() else min(cores, len(places))
     folder.mkdir(parents=True, exist_ok=True)
+
+    def make(way: Way, seed: int, place: Path) -> None:
+        train(place, way, seed, cores // together)
+        own = folder / "evaluation" / place.name
+        if not (own / "results.json").exists():  # what fails here fails in `main` too, and is told there
+            print(f"evaluating {place}", flush=True)
+            call("evaluate.py", evaluation(folder, own, [place], plan), place, cores // together)
+
     pool = ThreadPoolExecutor(together)
     try:
-        runs = [pool.submit(train, place, *which, cores // together) for which, place in places.items()]
+        runs = [pool.submit(make, *which, place) for which, place in places.items()]
         for run_of_one in runs:
             run_of_one.result()
     finally:
         pool.shutdown(cancel_futures=True)
     return places
+
+
+def evaluation(folder: Path, output: Path, models: list[Path], plan: Plan) -> list[str]:
+    """Flags of evaluate.py. Everything that it makes is kept in one place, for the next call to find."""
+    flags = [f"--points={folder / 'points'}", f"--output-dir={output}", "--images-per-prompt=4", *plan.evaluation]
+    return flags + [f"--checkpoint={model}" for model in models]
 
 
 class Curves:
@@ -233,12 +252,12 @@ def means(results: dict, seeds: list[Curves], plan: Plan) -> list[str]:
 def main(args) -> None:
     plan = QUICK if args.quick else Plan()
     folder = Path(args.output_dir or f"runs/reproduction{'-quick' * args.quick}")
+    evaluate.main(evaluate.parse_args(evaluation(folder, folder / "evaluation" / "base", [], plan)))
     places = train_all(folder, plan)
     (refl, *others), points = plan.ways, []
     for way in others:
-        asked = [f"--checkpoint={places[one, seed]}" for one in (refl, way) for seed in plan.seeds]
-        asked += [f"--points={folder / 'points'}", f"--output-dir={folder / way.name}", "--images-per-prompt=4"]
-        results = evaluate.main(evaluate.parse_args([*asked, *plan.evaluation]))
+        models = [places[one, seed] for one in (refl, way) for seed in plan.seeds]
+        results = evaluate.main(evaluate.parse_args(evaluation(folder, folder / way.name, models, plan)))
         points += results["points"]
     results |= {"points": points}
     text = claims(results, [Curves(results, folder, seed) for seed in plan.seeds], plan)

@@ -6,6 +6,7 @@ Each way runs in a process of its own, on files of random fp16 weights, which be
 Linux's peak of the resident memory is reported, without what the libraries took before.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def main() -> None:
             write(place)
         peaks = {}
         for way in WAYS:
-            words = [sys.executable, __file__, way, *map(str, places)]
+            words = [sys.executable, __file__, "--one", way, *map(str, places)]
             peaks[way] = float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
             print(f"{way:12}{peaks[way]:7.3f} GB, {peaks[way] / peaks['one model']:.3f} of one model", flush=True)
     path = Path(__file__).parent / "results" / "swap_memory.json"
@@ -67,7 +68,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(peak(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", nargs=3, metavar=("WAY", "BASE", "TUNED"), help="measure one way in this process")
+    one = parser.parse_args().one
+    if one:
+        print(peak(one[0], Path(one[1]), Path(one[2])))
     else:
         main()

@@ -204,9 +204,16 @@ def test_claims_give_mean_error_and_every_seed():
 
 
 def test_the_models_of_a_reproduction_are_trained_once_and_one_that_stopped_is_taken_up(tmp_path, monkeypatch):
-    calls, stops = [], {"imagerefl-2"}
+    calls, evaluated, stops = [], [], {"imagerefl-2"}
 
     def run(command, env, stdout, stderr):
+        if "evaluate" in command[1]:
+            args = evaluate.parse_args(command[2:])
+            evaluated.append(*args.checkpoint)
+            assert args.points == str(tmp_path / "points") and env["OMP_NUM_THREADS"] == "1"
+            Path(args.output_dir).mkdir(parents=True)
+            Path(args.output_dir, "results.json").write_text("{}")
+            return
         place = Path(command[-1] if "--resume" in command else command[command.index("--output-dir") + 1])
         calls.append((place.name, "--resume" in command, env["OMP_NUM_THREADS"]))
         (place / "unet").mkdir(parents=True, exist_ok=True)  # made before the weights are written
@@ -223,9 +230,10 @@ def test_the_models_of_a_reproduction_are_trained_once_and_one_that_stopped_is_t
         reproduce.train_all(tmp_path, plan)
     names = ["imagerefl-1", "imagerefl-2", "refl-1", "refl-2"]
     assert sorted(calls) == [(name, False, "1") for name in names]
-    calls.clear(), stops.clear()
+    assert sorted(evaluated) == [str(tmp_path / name) for name in names if name not in stops]
+    calls.clear(), evaluated.clear(), stops.clear()
     places = reproduce.train_all(tmp_path, plan)
-    assert calls == [("imagerefl-2", True, "1")]
+    assert calls == [("imagerefl-2", True, "1")] and evaluated == [str(tmp_path / "imagerefl-2")]
     assert sorted(path.name for path in places.values()) == names
 
 
