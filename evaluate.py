@@ -384,6 +384,7 @@ def main(args) -> dict:
     jobs = [(p, seed) for p in range(len(prompts)) for seed in seeds]
     asked, group = [prompts[p] for p, _ in jobs], [p for p, _ in jobs]
 
+    folder.mkdir(parents=True, exist_ok=True)  # the points' folders are named from here, with `..` to shared ones
     made_for, real = json.dumps(jobs), None
     for name, scorer in scorers.items():
         if name.split(".")[0] in ("features", "inception"):

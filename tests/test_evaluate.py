@@ -76,6 +76,9 @@ def test_a_second_call_computes_only_what_is_missing(evaluated, monkeypatch):
 
     monkeypatch.setattr(evaluate, "tiny_scorer", lambda device: None)  # nothing is measured again either
     assert run(folder, *flags) == results
+    other = folder.parent / "not" / "there" / "yet"  # and from another folder they are found
+    shared = run(other, *flags, f"--points={folder / 'points'}")
+    assert [p["values"] for p in shared["points"]] == [p["values"] for p in results["points"]]
     assert len(made) == 1
 
 
