@@ -15,7 +15,8 @@ from scheduler import Generators, Predictor, Scheduler, denoise, randn
 def switch_weights(steps: int, switch: int) -> list[float]:
     """Eq. (3): the base model alone in the first `switch` steps, the tuned one alone in the rest (T' = steps - switch).
 
-    Raises ValueError unless 0 <= switch <= steps.
+    The weights pick the model of each step in `mix`; `Scheduler.step` is the rest of the equation. Raises ValueError
+    unless 0 <= switch <= steps.
     """
     if not 0 <= switch <= steps:
         raise ValueError(f"switch must be in 0..{steps} (the number of steps), got {switch}")
@@ -67,14 +68,17 @@ def combine(
     scheduler: Scheduler,
     base: Predictor,
     tuned: Predictor,
-    weights: Sequence[float],
+    mixture: Sequence[float],
     x_t: Tensor,
     generator: Generators = None,
     first: int = 0,
 ) -> Tensor:
-    """Noise (B, C, H, W) -> latents: every step, from index `first` on, with its own mix of the two predictors."""
+    """Noise (B, C, H, W) -> latents: every step, from index `first` on, with its own mix of the two predictors.
+
+    `mixture`: the weight of the tuned model at each step.
+    """
     for i in scheduler.steps[first:]:
-        x_t = denoise(scheduler, mix(base, tuned, weights[i]), x_t, [i], generator)
+        x_t = denoise(scheduler, mix(base, tuned, mixture[i]), x_t, [i], generator)
     return x_t
 
 
@@ -88,13 +92,13 @@ def combine_each(
     i: int = 0,
 ) -> list[Tensor]:
     """What `combine` makes of each of several mixtures, from step i on; the steps that they share are taken once."""
-    if all(weights == mixtures[0] for weights in mixtures):
+    if all(mixture == mixtures[0] for mixture in mixtures):
         return [combine(scheduler, base, tuned, mixtures[0], x_t, generators, i)] * len(mixtures)
     made = [x_t] * len(mixtures)
-    for w in dict.fromkeys(weights[i] for weights in mixtures):
+    for w in dict.fromkeys(mixture[i] for mixture in mixtures):
         own = [g.clone_state() for g in generators]  # every branch meets the same noise
         x = denoise(scheduler, mix(base, tuned, w), x_t, [i], own)
-        branch = [k for k, weights in enumerate(mixtures) if weights[i] == w]
+        branch = [k for k, mixture in enumerate(mixtures) if mixture[i] == w]
         rest = combine_each(scheduler, base, tuned, [mixtures[k] for k in branch], x, own, i + 1)
         for k, latents in zip(branch, rest, strict=True):
             made[k] = latents
@@ -140,6 +144,19 @@ def generate_each(
     return [torch.cat([vae.decode(x0[part]) for part in parts]) for x0 in made]
 
 
-def generate(base, tuned, vae, text, scheduler: Scheduler, weights: Sequence[float], *rest) -> Tensor:
+def generate(
+    base,
+    tuned,
+    vae,
+    text,
+    scheduler: Scheduler,
+    mixture: Sequence[float],
+    prompts: list[str],
+    seeds: list[int],
+    size: tuple[int, int],
+    guidance: float,
+    batch: int | None = None,
+) -> Tensor:
     """`generate_each` for a single mixture: images (B, 3, H, W)."""
-    return generate_each(base, tuned, vae, text, scheduler, [weights], *rest)[0]
+    made = generate_each(base, tuned, vae, text, scheduler, [mixture], prompts, seeds, size, guidance, batch)
+    return made[0]

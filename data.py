@@ -165,9 +165,9 @@ def read_metadata(folder: Path) -> list[tuple[Path, str]]:
     return rows
 
 
-def read_coco(path: Path, images: Path | None = None) -> list[tuple[Path, str]]:
-    """Rows of a COCO `captions_*.json`, one an annotation. Images default to `../train2017/` and the like beside it."""
-    images = images or path.parent.parent / path.stem.removeprefix("captions_")
+def read_coco(path: Path) -> list[tuple[Path, str]]:
+    """Rows of a COCO `captions_*.json`, one an annotation. The images are in `../train2014/` and the like beside it."""
+    images = path.parent.parent / path.stem.removeprefix("captions_")
     content = read_json(path)
     try:
         files = {image["id"]: images / image["file_name"] for image in content["images"]}

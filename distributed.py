@@ -65,7 +65,7 @@ def check_passes(batch_size: int, passes: int) -> None:
         ways = [
             (images // n, n) for n in range(COUNT, images + 1, COUNT) if images % n == 0 and images // n <= batch_size
         ]
-        same = f"; --batch-size {ways[0][0]} --accumulate {ways[0][1]} is the same update" if ways else ""
+        same = f"; --batch-size {ways[0][0]} --accumulate {ways[0][1]} is as many images an update" if ways else ""
         raise ValueError(f"--accumulate {passes}: {COUNT} processes cannot share it evenly; give a multiple{same}")
 
 

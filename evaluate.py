@@ -29,7 +29,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
     add("--checkpoint", action="append", default=[], metavar="[METHOD=]PATH",
-        help="tuned model, again for more; METHOD, refl or imagerefl, where no run.json says it")  # fmt: skip
+        help="tuned model, again for more; METHOD, refl or imagerefl, where its files do not say it")  # fmt: skip
     add("--sweep", action="append", default=[], type=swept, metavar="NAME=V,V",
         help="curves beside the table: switch=0,5,10,20,30 of all, aig=1,2,4 of ReFL models")  # fmt: skip
     add(
@@ -87,11 +87,11 @@ import rewards  # noqa: E402
 import state  # noqa: E402
 import weights  # noqa: E402
 from combined import aig_weights, generate_each, switch_weights  # noqa: E402
+from curves import METHODS  # noqa: E402
 from data import EmojiSet, Pictures, open_data, read_prompts  # noqa: E402
 from pictures import save_png, to_pictures, to_tensor  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 
-NAMES = {"refl": "ReFL", "imagerefl": "ImageReFL"}
 PRINTED = {"hpsv2.1": 100, "hpsv2.0": 100, "clipscore": 100, "tiny": 0.1, "tiny2": 0.1}  # factors of the table
 REFERENCE_SEED = 20_000  # of the emoji that the tiny base is compared with; the training data has seed 0
 
@@ -128,22 +128,13 @@ def fingerprint(*parts) -> str:
     return digest.hexdigest()[:8]
 
 
-def about(path: str) -> dict:
-    """The flags of a run, if the path is one."""
-    file = Path(path) / "run.json"
-    return files.read_json(file).get("args", {}) if file.is_file() else {}
-
-
 def method_of(checkpoint: str) -> tuple[str, str]:
-    """Method and path of a `--checkpoint`, which names the method, or whose run.json or folders tell it."""
+    """Method and path of a `--checkpoint`, which names the method, or whose files tell it."""
     method, _, path = checkpoint.partition("=")
-    if method not in NAMES:
+    if method not in METHODS:
         method, path = "", checkpoint
-    if about(path):
-        method = method or about(path).get("method")
-    elif not method and weights.own_base(path):
-        method = "imagerefl"  # the authors' published folders
-    if method not in NAMES:
+    method = method or weights.about(path).get("method")
+    if method not in METHODS:
         raise ValueError(f"--checkpoint {checkpoint}: say how it was tuned, refl={path} or imagerefl={path}")
     return method, path
 
@@ -178,7 +169,7 @@ def points_of(args, row: settings.Settings, prompts: list[str]) -> list[Point]:
         for i, (kind, value, suffix) in enumerate(rows + sweeps):
             value = round(value * args.steps / 40) if kind == "switch" and i < len(rows) else value
             guidance = args.guidance if kind == "switch" else args.aig_guidance
-            add(NAMES[method] + suffix, i < len(rows), path, method, kind, value, guidance)
+            add(METHODS[method] + suffix, i < len(rows), path, method, kind, value, guidance)
     return list(points.values())
 
 
@@ -259,7 +250,7 @@ def scorers_of(args, row: settings.Settings) -> tuple[dict[str, Scorer], list[st
         found[f"features.{fingerprint(settings.FEATURES)}"] = tiny_scorer(args.device)
         notes.append("Concept, diversity and the distances are measured by the held-out CLIP of the tiny base, 128 "
                      "features, where the paper has CLIP ViT-B/32, DINO and Inception.")  # fmt: skip
-        return found, notes
+        return found, notes + reading_notes(args.reading, "the held-out CLIP's")
     if args.dino:
         found[f"dino.{fingerprint(Path(args.dino))}"] = feature_scorer(
             "diversity", metrics.dino_features(args.dino, device=args.device)
@@ -329,11 +320,11 @@ def values_of(args, columns: dict[str, Tensor], real: Tensor | None, group: list
     return {key: [None if math.isnan(v) else v for v in pair] for key, pair in values.items()}
 
 
-def reading_notes(name: str) -> list[str]:
+def reading_notes(name: str, features: str = "Inception's") -> list[str]:
     """How far CovDist and LogCovDist, on FID's features and against `--reference`, are from what a reading says."""
     reading, notes = metrics.READINGS[name], []
     if reading.features != "inception":
-        notes.append(f"--reading {name} was defined on {reading.features} features; here it is on Inception's.")
+        notes.append(f"--reading {name} was defined on {reading.features} features; here it is on {features}.")
     if reading.reference != "real images":
         notes.append(f"--reading {name} compares with pictures of the {reading.reference}; give them as --reference.")
     return notes
@@ -363,6 +354,9 @@ def resolve(args, row: settings.Settings) -> list[str]:
     cli.check_writable(Path(args.output_dir))
     args.dtype = args.dtype or cli.dtype(args.device)
     weights.check_resolution(args.base, args.resolution)
+    for flag in ("dino", "inception"):
+        if row is settings.TINY and getattr(args, flag):
+            raise ValueError(f"--{flag}: the tiny base is measured by its own features; leave it out")
     if args.reading not in metrics.READINGS:
         raise ValueError(f"--reading {args.reading}: there are {', '.join(metrics.READINGS)}")
     if args.prompts is None:
@@ -384,7 +378,6 @@ def main(args) -> dict:
     jobs = [(p, seed) for p in range(len(prompts)) for seed in seeds]
     asked, group = [prompts[p] for p, _ in jobs], [p for p, _ in jobs]
 
-    folder.mkdir(parents=True, exist_ok=True)  # the points' folders are named from here, with `..` to shared ones
     made_for, real = json.dumps(jobs), None
     for name, scorer in scorers.items():
         if name.split(".")[0] in ("features", "inception"):
@@ -392,6 +385,9 @@ def main(args) -> dict:
             source = fingerprint(chosen, args.resolution, len(jobs))
             path = Path(args.points or folder / "points", "reference", f"{name}.{source}.safetensors")
             real = columns_of(path, "", scorer, reference_batches(args, len(jobs)))["fid"]
+            floor = metrics.fid_floor(real, len(jobs), len(jobs))
+            notes.append(f"FID of {len(jobs)} real images against as many others would be about {floor:.2g}.")
+    folder.mkdir(parents=True, exist_ok=True)  # the points' folders are named from here, with `..` to shared ones
     draw(args, points, prompts, jobs)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -402,7 +398,7 @@ def main(args) -> dict:
                 file = folder / point.folder / f"{name}.safetensors"
                 columns |= columns_of(file, made_for, scorer, read_batches(args, paths, asked))
             listed.append(asdict(point) | {"values": values_of(args, columns, real, group)})
-    trained = {about(method_of(c)[1]).get("reward") for c in args.checkpoint} - {None}
+    trained = {weights.about(method_of(c)[1]).get("reward") for c in args.checkpoint} - {None}
     notes += [f"Tuned on {', '.join(sorted(trained))}; other rewards are held out."] * bool(trained)
     notes += dict.fromkeys(str(w.message) for w in caught)
     keys = list(listed[0]["values"])

@@ -46,7 +46,7 @@ def reward_loss(
 
     The one UNet call here carries gradients.
 
-    `shift`: the reward sees each image moved by up to so many pixels.
+    `shift`: the reward sees each image moved by up to so many pixels, drawn with `generator`.
     """
     t = scheduler.timesteps[i]
     eps = unet(x_t, t, **conditioning)
@@ -69,7 +69,7 @@ def refl_loss(
     generator: torch.Generator,
     shift: int = 0,
 ) -> tuple[Tensor, dict]:
-    """Eq. (2) for latents of `shape` (B, C, H, W): returns the loss and what to log."""
+    """Eq. (2) for latents of `shape` (B, C, H, W): returns the loss, without its factor k_R, and what to log."""
     x_t = randn(shape, generator, conditioning["context"].device)
     t_f = draw_step(len(scheduler.steps) - LAST, scheduler, generator)
     with torch.no_grad():

@@ -49,7 +49,7 @@ class Way:
 
     @property
     def title(self) -> str:
-        return f"{evaluate.NAMES[self.method]}, {self.updates} updates{self.about}"
+        return f"{evaluate.METHODS[self.method]}, {self.updates} updates{self.about}"
 
 
 def ways_of(refl: int, imagerefl: int) -> tuple[Way, ...]:

@@ -20,7 +20,7 @@ def parse_args(argv=None):
     add("--prompts", help="file of prompts, one a line, or a JSON list")
     add("--base", help="tiny, sd15, sdxl, or a folder, file or hub id (default: the checkpoint's base, else tiny)")
     add("--checkpoint", help="tuned model: a run's folder, a UNet's, an adapter's file, or a published hub id")
-    add("--switch", type=int, help="steps that the base model takes; 0: the tuned one alone (default: the paper's)")
+    add("--switch", type=int, help="steps of the base model; 0: the tuned one alone (default: the paper's)")
     add(
         "--aig",
         type=number(float, 0),
@@ -55,7 +55,6 @@ ARGS = parse_args() if __name__ == "__main__" else None  # before the slow impor
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import files  # noqa: E402
 import weights  # noqa: E402
 from combined import aig_weights, generate, switch_weights  # noqa: E402
 from data import check_unicode, read_prompts  # noqa: E402
@@ -78,15 +77,14 @@ def parameters_line(prompt: str, seed: int, args, size: tuple[int, int]) -> str:
 
 
 def choose(args) -> dict:
-    """Fill in checkpoint and base; returns what is known about the run, if it is one of ours."""
+    """Fill in checkpoint and base; returns what is known of how the checkpoint was tuned."""
     if args.checkpoint is None:
         newest = settings.newest_run(Path("runs"))
         args.checkpoint = str(newest or settings.TUNED)
         print(
             f"checkpoint: {args.checkpoint} ({'the newest run' if newest else 'the one that ships with the tiny base'})"
         )
-    about = Path(args.checkpoint) / "run.json"
-    known = files.read_json(about).get("args", {}) if about.is_file() else {}
+    known = weights.about(args.checkpoint)
     args.base = args.base or known.get("base") or weights.own_base(args.checkpoint) or "tiny"
     return known
 
@@ -98,7 +96,9 @@ def main(args) -> None:
     if args.aig is not None and args.switch is not None:
         raise ValueError("--aig and --switch: give one of the two")
     if args.switch is None:
-        args.switch = round(row.switch.get(known.get("method"), row.start) * args.steps / 40)
+        method = known.get("method")
+        switch = row.switch.get(method, 0 if method == "diffusion" else row.switch["imagerefl"])
+        args.switch = round(switch * args.steps / 40)
     if args.guidance is None:
         args.guidance = row.guidance if args.aig is None else 1.0  # the official AIG guides neither model
     args.device = cli.device(args.device)

@@ -465,7 +465,7 @@ def compare(args, m, row: settings.Settings, prompts: list[str], about: dict, fo
 
 
 def memory_advice(args, error: Exception) -> str:
-    """What to try after an allocation failed: the same update in smaller passes."""
+    """What to try after an allocation failed: as many images an update in smaller passes."""
     if args.device == "cpu":
         import resource  # not on Windows
 

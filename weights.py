@@ -192,6 +192,16 @@ def own_base(checkpoint: str | Path) -> str | None:
     return str(place.parent if Path(checkpoint).exists() else checkpoint)  # of the hub, the rest is still to be fetched
 
 
+def about(checkpoint: str | Path) -> dict:
+    """What is known of how a model was tuned, such as `method` and `base`: the flags of a run, or its file's header."""
+    run = Path(checkpoint) / "run.json"
+    if run.is_file():
+        return files.read_json(run).get("args", {})
+    if own_base(checkpoint):
+        return {"method": "imagerefl"}
+    return files.read_metadata(files.weight_files(find(checkpoint, "tuned_unet"))[0])
+
+
 def check_resolution(base: str | Path, pixels: int) -> None:
     """Raises ValueError when the networks of `base` cannot halve a picture's side often enough."""
     levels = [len(read_config(base, part)["block_out_channels"]) for part in ("unet", "vae")]

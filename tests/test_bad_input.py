@@ -140,7 +140,8 @@ CASES = [
     ("sample", "--checkpoint {bad}/pointer.safetensors", "Git LFS pointer"),
     ("sample", f"--checkpoint {GOLDEN}/evil_plain.ckpt", "evil_plain.ckpt: refused"),
     # evaluate.py
-    ("evaluate", f"--checkpoint {TUNED}", "say how it was tuned, refl="),
+    ("evaluate", "--checkpoint {mini}", "say how it was tuned, refl="),
+    ("evaluate", "--dino {bad}", "--dino: the tiny base is measured by its own features"),
     ("evaluate", "--checkpoint refl=nowhere/at/all", "nowhere/at/all"),
     ("evaluate", "--checkpoint {bad}/broken_run", "broken_run"),
     ("evaluate", f"--checkpoint refl={TUNED} --sweep switch=41", "0..40 (the number of steps), got 41"),

@@ -61,6 +61,7 @@ def test_writes_table_results_curves_and_report(evaluated):
     assert {"results.json", "table.md", "table.csv", "report.html", "tradeoff-tiny.svg", "tradeoff-tiny2.svg"} <= names
     assert json.loads((folder / "results.json").read_text()) == results
     assert any("128 dimensions" in note for note in results["notes"])  # six images are too few for FID
+    assert any(note.startswith("FID of 6 real images against as many others") for note in results["notes"])
 
 
 def test_a_second_call_computes_only_what_is_missing(evaluated, monkeypatch):
@@ -123,8 +124,9 @@ def test_the_path_of_a_checkpoint_may_hold_an_equals_sign(tmp_path):
     folder = tmp_path / "lr=3e-4"
     assert evaluate.method_of(f"refl={folder}") == ("refl", str(folder))
     folder.mkdir()
-    (folder / "run.json").write_text('{"args": {"method": "imagerefl"}}')
-    assert evaluate.method_of(str(folder)) == ("imagerefl", str(folder))
+    (folder / "run.json").write_text('{"args": {"method": "refl"}}')
+    assert evaluate.method_of(str(folder)) == ("refl", str(folder))
+    assert evaluate.method_of(str(TUNED)) == ("imagerefl", str(TUNED))  # the weights' own header
 
 
 def test_a_list_of_prompts_may_be_called_captions(tmp_path):

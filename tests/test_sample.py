@@ -67,6 +67,18 @@ def test_what_is_drawn_is_written_before_the_next_is_begun(tmp_path, monkeypatch
     assert Image.open(tmp_path / "grid.png").height < 2 * 128  # the first prompt alone
 
 
+@pytest.mark.parametrize("method, switch", [("refl", 10), ("imagerefl", 30), ("diffusion", 0), (None, 30)])
+def test_the_switch_of_a_method_is_the_papers(method, switch, tmp_path, monkeypatch):
+    header = {"method": method, "base": "tiny"} if method else {}
+    weights.save_unet(weights.load_unet("tiny"), tmp_path / "run" / "unet", metadata=header)
+    used = []
+    monkeypatch.setattr(sample, "generate", lambda *a: used.append(a[5]) or torch.zeros(len(a[6]), 3, 64, 64))
+    for steps in (40, 20):
+        flags = ["--checkpoint", str(tmp_path / "run" / "unet"), "--prompt", "fox", "--output-dir", str(tmp_path / "o")]
+        sample.main(sample.parse_args([*flags, "--steps", str(steps)]))
+    assert [mixture.index(1.0) for mixture in used] == [switch, switch // 2]
+
+
 def test_the_noise_of_an_image_follows_from_its_seed(tmp_path, base_unet):
     for name, batch, seed in (("one", "1", "1"), ("four", "4", "1"), ("later", "4", "3")):
         flags = ["--checkpoint", base_unet, "--batch-size", batch, "--seed", seed, "--output-dir", str(tmp_path / name)]
