@@ -532,7 +532,7 @@ def test_torchrun_trains_and_ends_with_a_killed_process(mini, tmp_path):
 
 def test_passes_that_cannot_be_shared_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "COUNT", 8)
-    with pytest.raises(ValueError, match="--accumulate 4: 8 .*; --batch-size 4 --accumulate 8 is the same update"):
+    with pytest.raises(ValueError, match="--accumulate 4: 8 .*; --batch-size 4 --accumulate 8 is as many images"):
         distributed.check_passes(8, 4)
     distributed.check_passes(4, 8)
     monkeypatch.setattr(distributed, "RANK", 3)

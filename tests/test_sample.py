@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from recipe import mini_base
 
 import sample
 import weights
@@ -15,22 +16,26 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def base_unet(tmp_path_factory):
-    """The base's own UNet as a "tuned" model, in half precision as it is: a mapped float32 file rounds otherwise."""
-    folder = tmp_path_factory.mktemp("same") / "unet"
-    weights.save_unet(weights.load_unet("tiny"), folder, dtype=torch.float16)
-    return str(folder)
+def mini(tmp_path_factory):
+    return mini_base(tmp_path_factory.mktemp("mini base"))
 
 
-def run(*flags: str) -> None:
-    sample.main(sample.parse_args([*flags, "--steps", "4"]))
+@pytest.fixture(scope="module")
+def base_unet(mini):
+    """The base's own UNet as a "tuned" model."""
+    return f"{mini}/unet"
+
+
+@pytest.fixture(scope="module")
+def run(mini):
+    return lambda *flags: sample.main(sample.parse_args([*flags, "--base", mini, "--steps", "4"]))
 
 
 def pixels(folder, name: str) -> bytes:
     return Image.open(folder / name).tobytes()
 
 
-def test_writes_images_a_grid_and_their_settings(tmp_path, base_unet):
+def test_writes_images_a_grid_and_their_settings(tmp_path, run, mini, base_unet):
     prompts = ["octopus", "ein grüner Frosch"]
     flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
     run(*flags, "--checkpoint", base_unet, "--switch", "3", "--images-per-prompt", "2", "--output-dir", str(tmp_path))
@@ -39,11 +44,11 @@ def test_writes_images_a_grid_and_their_settings(tmp_path, base_unet):
     text = Image.open(tmp_path / "00001-2.png").info["parameters"]
     first, settings = text.split("\n")
     assert first == "ein grüner Frosch"
-    assert settings.startswith("Steps: 4, Sampler: DDPM, CFG scale: 2, Seed: 2, Size: 64x64, Model: tiny, Switch: 3")
+    assert settings.startswith(f"Steps: 4, Sampler: DDPM, CFG scale: 2, Seed: 2, Size: 64x64, Model: {mini}, Switch: 3")
     assert Image.open(tmp_path / "00000-1.png").size == (64, 64)
 
 
-def test_every_switch_gives_the_same_image_when_the_base_is_the_tuned_model(tmp_path, base_unet):
+def test_every_switch_gives_the_same_image_when_the_base_is_the_tuned_model(tmp_path, run, base_unet):
     for switch in (0, 2, 4):
         flags = ["--checkpoint", base_unet, "--switch", str(switch), "--guidance", "1", "--images-per-prompt", "1"]
         run("--prompt", "octopus", *flags, "--output-dir", str(tmp_path / str(switch)))
@@ -51,7 +56,7 @@ def test_every_switch_gives_the_same_image_when_the_base_is_the_tuned_model(tmp_
     assert images[0] == images[1] == images[2]
 
 
-def test_what_is_drawn_is_written_before_the_next_is_begun(tmp_path, monkeypatch):
+def test_what_is_drawn_is_written_before_the_next_is_begun(tmp_path, run, base_unet, monkeypatch):
     monkeypatch.setattr(sample, "TOGETHER", 1)
     monkeypatch.setattr(sample, "GRID", 1)
     there = []
@@ -62,24 +67,26 @@ def test_what_is_drawn_is_written_before_the_next_is_begun(tmp_path, monkeypatch
 
     monkeypatch.setattr(sample, "generate", generate)
     prompts = ["--prompt", "octopus", "--prompt", "fox", "--prompt", "owl"]
-    run(*prompts, "--images-per-prompt", "2", "--batch-size", "2", "--output-dir", str(tmp_path))
+    flags = ["--checkpoint", base_unet, "--images-per-prompt", "2", "--batch-size", "2", "--output-dir", str(tmp_path)]
+    run(*prompts, *flags)
     assert there == [0, 2, 4]
     assert Image.open(tmp_path / "grid.png").height < 2 * 128  # the first prompt alone
 
 
 @pytest.mark.parametrize("method, switch", [("refl", 10), ("imagerefl", 30), ("diffusion", 0), (None, 30)])
-def test_the_switch_of_a_method_is_the_papers(method, switch, tmp_path, monkeypatch):
-    header = {"method": method, "base": "tiny"} if method else {}
-    weights.save_unet(weights.load_unet("tiny"), tmp_path / "run" / "unet", metadata=header)
-    used = []
+def test_the_switch_of_a_method_is_the_papers(method, switch, tmp_path, mini, monkeypatch):
+    header = {"method": method, "base": mini} if method else {}
+    unet, used = tmp_path / "unet", []
+    weights.save_unet(weights.load_unet(mini), unet, metadata=header)
     monkeypatch.setattr(sample, "generate", lambda *a: used.append(a[5]) or torch.zeros(len(a[6]), 3, 64, 64))
     for steps in (40, 20):
-        flags = ["--checkpoint", str(tmp_path / "run" / "unet"), "--prompt", "fox", "--output-dir", str(tmp_path / "o")]
+        flags = ["--checkpoint", str(unet), "--prompt", "fox", "--output-dir", str(tmp_path / "o")]
+        flags += [] if method else ["--base", mini]
         sample.main(sample.parse_args([*flags, "--steps", str(steps)]))
     assert [mixture.index(1.0) for mixture in used] == [switch, switch // 2]
 
 
-def test_the_noise_of_an_image_follows_from_its_seed(tmp_path, base_unet):
+def test_the_noise_of_an_image_follows_from_its_seed(tmp_path, run, base_unet):
     for name, batch, seed in (("one", "1", "1"), ("four", "4", "1"), ("later", "4", "3")):
         flags = ["--checkpoint", base_unet, "--batch-size", batch, "--seed", seed, "--output-dir", str(tmp_path / name)]
         run("--prompt", "octopus", *flags)
@@ -101,11 +108,15 @@ def test_help_needs_no_torch(script):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["whole", "adapter"])
-def test_compiling_changes_no_image(checkpoint, tmp_path, base_unet):
-    source = base_unet if checkpoint == "whole" else str(sample.settings.TUNED)
+def test_compiling_changes_no_image(checkpoint, tmp_path):
+    source = str(sample.settings.TUNED)
+    if checkpoint == "whole":
+        source = str(tmp_path / "unet")
+        weights.save_unet(weights.load_unet("tiny"), Path(source), dtype=torch.float16)
     for name, flags in (("eager", []), ("compiled", ["--compile"])):
         flags += ["--checkpoint", source, "--switch", "2", "--dtype", "float32", "--output-dir", str(tmp_path / name)]
-        run("--prompt", "octopus", "--images-per-prompt", "1", *flags)
+        flags += ["--prompt", "octopus", "--images-per-prompt", "1", "--steps", "4"]
+        sample.main(sample.parse_args(flags))
     eager, compiled = (
         torch.frombuffer(bytearray(pixels(tmp_path / n, "00000-1.png")), dtype=torch.uint8)
         for n in ("eager", "compiled")
