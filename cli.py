@@ -63,6 +63,9 @@ def device(name: str | None) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name}: there is none here; leave it out to use what there is") from None
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # whose memory is then measured
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions too
     return name
 
 
@@ -85,6 +88,16 @@ def stored(args: argparse.Namespace):
     import torch
 
     return torch.bfloat16 if args.dtype == "bfloat16" and args.device != "cpu" else torch.float32
+
+
+def sampling(args: argparse.Namespace):
+    """Within: frozen networks, held as `stored` says, compute in `args.dtype`.
+
+    Autocast would run the norms of what is held in bf16 in float32, so it is off for these.
+    """
+    import torch
+
+    return autocast(args.device, args.dtype if stored(args) == torch.float32 else "float32")
 
 
 def check_writable(folder: Path) -> None:

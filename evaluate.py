@@ -199,7 +199,7 @@ def draw(args, points: list[Point], prompts: list[str], jobs: list[tuple[int, in
                 if not todo:
                     continue
                 asked, seeds = [prompts[p] for p, _ in part], [seed for _, seed in part]
-                with cli.autocast(args.device, args.dtype):
+                with cli.sampling(args):
                     made = generate_each(
                         base, tuned, vae, text, scheduler, [p.mixture(args.steps) for p in todo],
                         asked, seeds, size, guidance,

@@ -137,6 +137,8 @@ def flops(args, unet: UNetConfig, vae: VAEConfig) -> dict[str, float]:
     """FLOPs of each part of a step for one image."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         m = build(args, unet, vae)
+        if args.lora:
+            lora.add(m.unet, args.lora)
         x = torch.empty(1, vae.latent_channels, *[args.resolution // m.vae.factor] * 2)
         images = torch.empty(1, 3, args.resolution, args.resolution)
         given = conditioning_of(unet, 1, torch.float32)

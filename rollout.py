@@ -31,8 +31,8 @@ class Rollout:
             mine.copy_(distributed.whole(theirs))
 
     def __call__(self, x_t: Tensor, t: Tensor | int, context: Tensor, **conditioning: Tensor) -> Tensor:
+        t = t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device)  # one graph for all steps
         if torch.is_grad_enabled():
             return self.net(x_t, t, context=context, **conditioning)
-        t = t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device)  # one graph for all steps
         with torch.autocast(x_t.device.type, enabled=False):
             return self.fast(x_t, t, context.to(self.dtype), **conditioning)

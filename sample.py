@@ -132,7 +132,7 @@ def main(args) -> None:
     shown = []  # in the grid
     for at in tqdm(range(0, len(jobs), together), desc="sampling", unit=f"{together} images"):
         asked, seeds = zip(*jobs[at : at + together], strict=True)
-        with cli.autocast(args.device, args.dtype):
+        with cli.sampling(args):
             images = generate(
                 base, tuned, vae, text, scheduler, mixture, list(asked), list(seeds), size, args.guidance, batch
             )

@@ -377,7 +377,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def _recomputed(*args) -> Tensor:
-        return checkpoint(Level.cell, *args, use_reentrant=False)
+        return checkpoint(Level.cell, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()

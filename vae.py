@@ -4,6 +4,7 @@ Follows AutoencoderKL of the published checkpoints, in their key names (diffuser
 here and nowhere else: `sample` returns scaled latents and `decode` takes them. B batch, C channels, H, W sides.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -184,7 +185,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for layer in (layer for block in self.up_blocks for layer in [*block.resnets, *block.upsamplers]):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
+                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -214,7 +215,7 @@ class VAE(nn.Module):
         H, W = images.shape[-2:]
         if H % self.factor or W % self.factor:
             raise ValueError(f"image sides must be multiples of {self.factor}, got {H}x{W}")
-        mean, logvar = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))).chunk(2, dim=1)
+        mean, logvar = self._as_stored(lambda x: self.quant_conv(self.encoder(x)), images).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -229,9 +230,15 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, H/8, W/8) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        dtype = self.post_quant_conv.weight.dtype
-        z = (latents / self.config.scale).to(dtype)
+        return self._as_stored(lambda z: self.decoder(self.post_quant_conv(z)), latents / self.config.scale)
+
+    def _as_stored(self, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Encode or decode x in the type of the weights, without autocast where that is bf16.
+
+        It would run the norms in float32: twice the memory and time.
+        """
+        dtype = self.quant_conv.weight.dtype
         if dtype == torch.float32:
-            return self.decoder(self.post_quant_conv(z))
-        with torch.autocast(z.device.type, enabled=False):  # else its norms ran in float32: twice the memory and time
-            return self.decoder(self.post_quant_conv(z))
+            return half(x.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return half(x.to(dtype))

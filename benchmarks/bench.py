@@ -156,12 +156,18 @@ def in_their_words(given: dict[str, Tensor]) -> dict:
 
 def their_best(network: nn.Module, method: str = "forward") -> None:
     """Compile a network of diffusers as its documentation of fast inference does."""
-    for flag, value in FAST.items():
-        setattr(torch._inductor.config, flag, value)
     network.to(memory_format=torch.channels_last)
     if method == "forward":
         network.fuse_qkv_projections()
-    setattr(network, method, torch.compile(getattr(network, method), mode="max-autotune", fullgraph=True))
+    compiled = torch.compile(getattr(network, method), mode="max-autotune", fullgraph=True)
+
+    def first(*args, **kwargs):  # which compiles; our networks keep inductor's defaults
+        with torch._inductor.config.patch(FAST):
+            output = compiled(*args, **kwargs)
+        setattr(network, method, compiled)
+        return output
+
+    setattr(network, method, first)
 
 
 def apart(ours: Tensor, theirs: Tensor, tolerance: float) -> float:
@@ -300,20 +306,20 @@ def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float,
     return sides, error, words
 
 
-def reward_of(args) -> Callable:
-    """The frozen reward of both sides: the tiny one, or for full sizes HPSv2's towers with random weights."""
+def reward_of(args) -> tuple[Callable, Callable]:
+    """The frozen reward of both sides, the tiny one, or for full sizes HPSv2's towers with random weights; and a call
+    that rounds it to bf16, as training has it."""
     if args.sizes != "gpu":
-        return rewards.load("tiny", device=args.device)
+        return rewards.load("tiny", device=args.device), lambda: None
     network = reward_models.blank("hpsv2.1")
     network = reward_models.fill(network, random_weights(network.state_dict(), "cpu"), "random").to(args.device)
-    reward_models.lower(network, torch.bfloat16)
     text = torch.nn.functional.normalize(torch.ones(1, network.config.projection_dim, device=args.device), dim=-1)
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
             return network(reward_models.preprocess(images, 224), text)
 
-    return reward
+    return reward, lambda: reward_models.lower(network, torch.bfloat16)
 
 
 def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
@@ -321,7 +327,7 @@ def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
 
     Theirs: float32 weights and autoencoder under autocast, `scheduler.step`, AdamW with its defaults, not compiled.
     """
-    config, reward, start = sizes.unet, reward_of(args), 30
+    config, start, (reward, lower) = sizes.unet, 30, reward_of(args)
     (unet, their_unet), (vae, their_vae) = both_unets(config, args.device), both_vaes(sizes.vae, args.device)
     copied(unet), copied(their_unet)
     scheduler = Scheduler(40, eta=1.0)
@@ -384,6 +390,7 @@ def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
         their = torch.autograd.grad(their_loss(**once, seed=0), [ordered[key] for key in keys])
         error = apart(mine, torch.cat([g.flatten() for g in their]), 1e-2)
         del mine, their
+    lower()
 
     given, seed = inputs(sizes.batch_step), 1  # one seed: every call draws the same t_f, so that all do the same work
 

@@ -73,6 +73,26 @@ def test_what_is_drawn_is_written_before_the_next_is_begun(tmp_path, run, base_u
     assert Image.open(tmp_path / "grid.png").height < 2 * 128  # the first prompt alone
 
 
+def test_networks_in_bf16_as_on_a_gpu_sample_without_autocast(tmp_path, run, base_unet, monkeypatch):
+    """Their pictures differ from those of float32 by rounding alone."""
+    generate = sample.generate
+    for name in ("float32", "bfloat16"):
+        monkeypatch.setattr(sample.cli, "stored", lambda args, name=name: getattr(torch, name))
+
+        def checked(*a):
+            assert not torch.is_autocast_enabled("cpu")
+            return generate(*a)
+
+        monkeypatch.setattr(sample, "generate", checked)
+        flags = ["--checkpoint", base_unet, "--switch", "2", "--images-per-prompt", "1", "--dtype", name]
+        run("--prompt", "octopus", *flags, "--output-dir", str(tmp_path / name))
+    float32, bf16 = (
+        torch.frombuffer(bytearray(pixels(tmp_path / n, "00000-1.png")), dtype=torch.uint8).float()
+        for n in ("float32", "bfloat16")
+    )
+    assert 0 < (float32 - bf16).abs().mean() < 4 and float32.std() > 20
+
+
 @pytest.mark.parametrize("method, switch", [("refl", 10), ("imagerefl", 30), ("diffusion", 0), (None, 30)])
 def test_the_switch_of_a_method_is_the_papers(method, switch, tmp_path, mini, monkeypatch):
     header = {"method": method, "base": mini} if method else {}

@@ -1,7 +1,9 @@
 """The training command on the tiny base: what it writes, and what its flags do."""
 
 import json
+import math
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,14 +144,23 @@ def test_pictures_of_a_folder_train_and_bad_ones_are_counted(tmp_path, capsys):
         )
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.5, 0.0])
+def test_latents_are_cached_by_the_batch():
+    batches, args = [], train.parse_args(["--batch-size", "2", "--device", "cpu", "--dtype", "float32"])
+    vae = SimpleNamespace(encode=lambda x: batches.append(len(x)) or (x[:, :1], x[:, 1:2]))
+    data = [(torch.full((3, 2, 2), float(i)), f"caption {i}") for i in range(5)]
+    moments, captions = train.encode_all(args, vae, data)
+    assert batches == [2, 2, 1] and captions == [f"caption {i}" for i in range(5)]
+    assert moments.shape == (5, 2, 1, 2, 2) and moments[4, 0, 0, 0, 0] == 4
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 0.0, math.nan])
 def test_compiling_is_refused_where_it_changes_a_gradient(factor, tmp_path, monkeypatch):
     """Stands for a compiler: torch 2.13's own loses the decoder's gradient in bf16 on a CPU."""
 
     def compiler(f):
         def compiled(*args, **kwargs):
             y = f(*args, **kwargs)
-            return y.detach() + factor * (y - y.detach())  # the same value, another gradient
+            return y.detach() + factor * (y - y.detach())  # the same value but for NaN, another gradient
 
         return compiled
 

@@ -1,4 +1,5 @@
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -43,13 +44,16 @@ def test_a_shifted_latent_space_is_refused():
 
 
 def test_sampled_latents_follow_the_scaled_posterior(mini):
-    x = rnd("image", 1, 3, 16, 16).clamp(-1, 1).expand(2000, -1, -1, -1)
+    x = rnd("image", 1, 3, 16, 16).clamp(-1, 1)
     with torch.no_grad():
-        mean, logvar = mini.encode(x[:1])
-        latents = torch.cat(
-            [mini.sample(part, torch.Generator().manual_seed(i)) for i, part in enumerate(x.split(500))]
-        )
-    scale = mini.config.scale
+        mean, logvar = mini.encode(x)
+        many = [t.expand(2000, -1, -1, -1) for t in (mean, logvar)]
+        latents, scale = mini.draw(*many, torch.Generator().manual_seed(0)), mini.config.scale
+        one = [
+            mini.sample(x, torch.Generator().manual_seed(3)),
+            mini.draw(mean, logvar, torch.Generator().manual_seed(3)),
+        ]
+    assert torch.equal(*one)
     assert torch.allclose(latents.mean(0), mean[0] * scale, atol=0.1 * scale)
     assert torch.allclose(latents.std(0), (0.5 * logvar[0]).exp() * scale, rtol=0.1)
 
@@ -57,6 +61,21 @@ def test_sampled_latents_follow_the_scaled_posterior(mini):
 def test_sides_that_are_no_multiple_of_the_factor_are_named(mini):
     with pytest.raises(ValueError, match="multiples of 8, got 64x60"):
         mini.encode(torch.zeros(1, 3, 64, 60))
+
+
+def test_weights_in_bf16_are_not_touched_by_autocast(mini):
+    mini.bfloat16()
+    x, z = rnd("image", 1, 3, 16, 16), rnd("z", 1, 4, 2, 2)
+    with torch.no_grad():
+        alone = (*mini.encode(x), mini.decode(z))
+        with torch.autocast("cpu", torch.bfloat16), patch.object(torch.nn.GroupNorm, "forward", refusing_autocast):
+            around = (*mini.encode(x), mini.decode(z))
+    assert all(torch.equal(a, b) for a, b in zip(alone, around, strict=True))
+
+
+def refusing_autocast(norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    assert not torch.is_autocast_enabled("cpu")
+    return torch.nn.functional.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def test_checkpointing_changes_no_gradient(mini):
