@@ -256,8 +256,12 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
             network.dtype, tower = torch.bfloat16, getattr(network, "model", network).vision_model
             for linear in (module for module in tower.modules() if isinstance(module, nn.Linear)):
                 lower(linear)
-        trained = lora.add(m.unet, args.lora) if args.lora else list(m.unet.parameters())
-        copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in m.unet.parameters()]  # for the rollout
+        if args.lora:
+            lower(m.unet)
+            trained, copies = lora.add(m.unet, args.lora), []
+        else:
+            trained = list(m.unet.parameters())
+            copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in trained]  # for the rollout
         moments = [torch.empty_like(p) for p in (*trained, *trained)]
         for p in trained:
             p.grad = torch.empty_like(p)  # of the passes before
@@ -266,7 +270,7 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
             memory.now -= sum(p.nbytes for part in towers for p in part.parameters())
         else:
             memory.now += text_bytes(unet) + CACHE_BYTES
-        kept = memory.now
+        kept = memory.peak = memory.now  # before, float32 weights were there that a run never has on its GPU
         m.unet.checkpointing = "unet" in flags
         m.vae.decoder.checkpointing = "decoder" in flags
         x = torch.empty(batch, vae.latent_channels, side, side)

@@ -16,17 +16,22 @@ import distributed
 class Rollout:
     """Stands for a UNet in the losses: `net` where gradients are recorded, the copy of `unet` elsewhere.
 
-    `net` is `unet` itself, or what it compiled to. `refresh` is called after each change of the weights.
+    `net` is `unet` itself, or what it compiled to. `refresh` is called after each change of the weights. `copied`:
+    False for a UNet that is held in `dtype` but for its adapters, which needs no copy.
     """
 
-    def __init__(self, net, unet: nn.Module, dtype: torch.dtype = torch.bfloat16, compiled: bool = False):
+    def __init__(
+        self, net, unet: nn.Module, dtype: torch.dtype = torch.bfloat16, compiled: bool = False, copied: bool = True
+    ):
         self.net, self.unet, self.dtype = net, unet, dtype
-        self.copy = copy.deepcopy(unet).to(dtype).requires_grad_(False)
+        self.copy = copy.deepcopy(unet).to(dtype).requires_grad_(False) if copied else unet
         self.fast = torch.compile(self.copy) if compiled else self.copy
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the weights anew, into the same memory."""
+        if self.copy is self.unet:
+            return
         for mine, theirs in zip(self.copy.parameters(), self.unet.parameters(), strict=True):
             mine.copy_(distributed.whole(theirs))
 

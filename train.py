@@ -198,7 +198,7 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
     if args.init == "random":
         m.unet = initialise(UNet(UNetConfig.from_dict(config)), generator_of(args.seed)).to(device)
     else:
-        m.unet = weights.load_unet(args.base, device)
+        m.unet = weights.load_unet(args.base, device, frozen if args.lora else torch.float32)
     if args.lora:
         m.parameters = lora.add(m.unet, args.lora, generator=generator_of(args.seed))
         m.base, m.tuned = lora.halves(m.unet)  # one set of weights
@@ -213,7 +213,7 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
     if args.compile:
         compile_networks(args, m)
     if tunes and frozen != torch.float32 or args.shard:
-        m.net = Rollout(m.net, m.unet, frozen, args.compile)
+        m.net = Rollout(m.net, m.unet, frozen, args.compile, copied=not args.lora)
     if args.shard:
         distributed.shard(m.unet)
         m.parameters, m.tuned = list(m.unet.parameters()), m.net.copy

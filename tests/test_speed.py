@@ -1,12 +1,15 @@
 """What is there for speed changes nothing that is computed."""
 
+import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from recipe import filled, rnd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import lora
 import monitor
 import plan
 import rewards
@@ -16,7 +19,8 @@ from combined import generate, switch_weights
 from refl import refl_loss
 from rollout import Rollout
 from scheduler import Scheduler
-from unet import UNet, UNetConfig
+from unet import TINY, UNet, UNetConfig
+from vae import TINY as TINY_VAE
 from vae import VAE, VAEConfig
 
 SCHEDULER = Scheduler(40)
@@ -71,6 +75,29 @@ def test_a_bf16_copy_errs_no_more_than_autocast(unet):
             usual = (unet(x, 301, **TEXT) - exact).norm() / exact.norm()
             ours = (rollout(x, 301, **TEXT) - exact).norm() / exact.norm()
     assert 0 < ours < 1.5 * usual + 1e-3
+
+
+def test_beside_adapters_the_frozen_weights_are_their_own_copy(unet, vae):
+    """The gradient of adapters on a UNet that is held in bf16 errs as much as on one in float32 with its copy."""
+
+    def gradient(held: torch.dtype, low: bool, copied: bool, seed: int) -> torch.Tensor:
+        m = copy.deepcopy(unet).to(held)
+        trained = lora.add(m, 4)
+        for i, p in enumerate(trained):
+            p.data.copy_(0.3 * rnd(f"adapter {i}", *p.shape))
+        net = Rollout(m, m, torch.bfloat16, copied=copied) if low else m
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss, _ = refl_loss(net, vae, brightness, SCHEDULER, (2, 4, 4, 4), TEXT, ["a", "b"], seeded(seed))
+        loss.backward()
+        assert not low or (net.copy is m) == (not copied)
+        return torch.cat([p.grad.flatten() for p in trained])
+
+    errors = {torch.float32: 0.0, torch.bfloat16: 0.0}
+    for seed in range(3):
+        exact = gradient(torch.float32, False, False, seed)
+        for held in errors:
+            errors[held] += ((gradient(held, True, held == torch.float32, seed) - exact).norm() / exact.norm()).item()
+    assert 0 < errors[torch.bfloat16] < 1.3 * errors[torch.float32] < 0.4
 
 
 def test_the_rollout_follows_the_weights_in_training(tmp_path, monkeypatch):
@@ -174,6 +201,18 @@ def test_tensors_without_data_need_the_memory_of_real_ones():
             loss.backward()
         peaks.append(memory.peak)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+
+
+def test_memory_of_adapters_is_that_of_a_bf16_unet_and_of_what_an_image_needs():
+    """Nothing but the pass counts: not what stood in memory while the networks were made."""
+    args = SimpleNamespace(method="imagerefl", reward="tiny", reward_weights=None, resolution=32, lora=None)
+    frozen = sum(p.nbytes for p in UNet(TINY).parameters()) / 2
+    (all_kept, _), (kept, one), (_, two) = (
+        plan.peak_memory(SimpleNamespace(**vars(args) | {"lora": rank}), TINY, TINY_VAE, batch, "text-on-cpu")
+        for rank, batch in ((None, 1), (4, 1), (4, 2))
+    )
+    assert all_kept - kept == pytest.approx(8 * frozen, rel=0.03)  # float32, gradients, two moments and the copy
+    assert 0.5e6 < two - one < one - kept
 
 
 def test_norms_are_float32_as_on_a_gpu_also_where_recomputed():
