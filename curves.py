@@ -112,17 +112,17 @@ def frame(results: dict, keys: tuple[str, str], X, Y, x_ticks: list, y_ticks: li
     return [f'<g class="frame" stroke="#e3e3e3">{"".join(lines)}</g>', *names]
 
 
-def dot(results: dict, i: int, keys: tuple[str, str], X, Y, paint: str, corners: int, r: float) -> str:
-    """A point with its errors, an invisible ring, and what it is as a tooltip."""
+def dot(results: dict, i: int, keys: tuple[str, str], X, Y, errors: bool, paint: str, corners: int, r: float) -> str:
+    """A point, with its errors where asked for, an invisible ring, and what it is as a tooltip."""
     point = results["points"][i]
     (x, dx), (y, dy) = (stat(point, key) for key in keys)
     said, bars = f"{point['label']}, {mixture(results, point)}", ""
     for key in reversed(keys):
         (mean, error), c = stat(point, key), column(results, key)
         said += f"; {c['title']} {number(mean, c['digits'])}" + (f" ± {number(error, c['digits'])}" if error else "")
-    if dx:
+    if dx and errors:
         bars += f'<line x1="{X(x - dx):.1f}" x2="{X(x + dx):.1f}" y1="{Y(y):.1f}" y2="{Y(y):.1f}"/>'
-    if dy:
+    if dy and errors:
         bars += f'<line x1="{X(x):.1f}" x2="{X(x):.1f}" y1="{Y(y - dy):.1f}" y2="{Y(y + dy):.1f}"/>'
     edge = ' stroke="#fff" class="row"' if point["row"] else ""
     ring = ' class="halo" opacity="0" fill="none" stroke="currentColor" stroke-width="2" pointer-events="none"'
@@ -142,6 +142,8 @@ def place(x: float, y: float, width: float, size: int, distances: list, boxes: l
         for sx, sy in ((1, -1), (1, 1), (-1, -1), (-1, 1), (0, -1), (0, 1), (1, 0), (-1, 0)):
             k = d * (0.75 if sx and sy else 1)
             cx, cy = x + sx * (k + width / 2), y + sy * (k + size / 2)
+            if sy:  # above and below it may be shifted back into the plot
+                cx = min(max(cx, LEFT + width / 2), RIGHT - width / 2)
             left, up, right, down = box = (cx - width / 2, cy - size / 2, cx + width / 2, cy + size / 2)
             bad = 1000 * (left < LEFT or up < top or right > RIGHT or down > BOTTOM) + 0.2 * d
             bad += 100 * sum(left < b[2] and b[0] < right and up < b[3] and b[1] < down for b in boxes)
@@ -154,6 +156,7 @@ def curves(results: dict, quality: str) -> str:
     """An SVG of the column `quality` against diversity: a line for each checkpoint and kind, standard errors, the base
     as a star, the table's rows large and named, other points with their switch or power where there is room.
 
+    Where there are several training runs of a method, their scatter shows the error, and the rows alone have bars.
     Points without both values are left out. Raises ValueError when none is left.
     """
     points, keys = results["points"], (results["axes"]["diversity"], quality)
@@ -188,13 +191,15 @@ def curves(results: dict, quality: str) -> str:
             n = max(2, round(math.dist((x, y), (x2, y2)) / 3))
             spots += [(x + (x2 - x) * k / n, y + (y2 - y) * k / n) for k in range(n)]
 
-    for i, (x, y) in at.items():  # labels shun the error bars too
+    barred = [i for i in shown if points[i]["row"] or not many]
+    for i in barred:  # labels shun the error bars too
+        x, y = at[i]
         (mean, error), (mean2, error2) = (stat(points[i], key) for key in keys)
         spots += [(X(mean + (error or 0) * k / 6), y) for k in range(-6, 7)]
         spots += [(x, Y(mean2 + (error2 or 0) * k / 6)) for k in range(-6, 7)]
     radius = {i: 11 if not group[i][1] else 6 if points[i]["row"] else 3 if many else 4 for i in shown}
     order = sorted(shown, key=lambda i: points[i]["row"])  # the table's rows on top
-    dots = [dot(results, i, keys, X, Y, *style[group[i]], radius[i]) for i in order]
+    dots = [dot(results, i, keys, X, Y, i in barred, *style[group[i]], radius[i]) for i in order]
     room = {i: 11 if points[i]["row"] else radius[i] for i in shown}  # for the ring of a row
     boxes = [(x - room[i], y - room[i], x + room[i], y + room[i]) for i, (x, y) in at.items()]
     first = {checkpoints[0] for checkpoints in families(results).values()} | {None}
