@@ -1,6 +1,6 @@
 """Reproduce the paper's claims on the tiny base: train ReFL and ImageReFL with three seeds, evaluate, compare.
 
-    python reproduce.py            # an hour or more on two cores
+    python reproduce.py            # an hour on two cores with bf16
     python reproduce.py --quick    # one seed, fewer updates, prompts and points
 
 Goes on where it was stopped. Writes `claims.md` into `runs/reproduction`, and for each of two ways to train ImageReFL
