@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from recipe import mini_base
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import cli
 import distributed
@@ -157,6 +159,7 @@ def forked(work, *arguments) -> int:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # its own: all processes wait for the usual one where its holder was killed
         work(*arguments)
         code = 0
     except SystemExit as exit:
