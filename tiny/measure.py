@@ -1,4 +1,4 @@
-"""Measure the tiny base by its held-out features, and its rewards: what README.md in this folder says of them.
+"""Measure the tiny base: its autoencoder, its samples by the held-out features, and its rewards, as README.md has them.
 
     python tiny/measure.py
 
@@ -31,6 +31,7 @@ from pictures import to_tensor
 from scheduler import Scheduler
 from tiny.make_clip import TINY_DIR
 from tiny.make_rewards import RATERS, Votes, damage, decoded, held_out_accuracy
+from tiny.make_vae import evaluate as evaluate_vae
 
 OPEN = ("octopus", "tiger", "red apple", "penguin", "rocket", "frog", "strawberry", "hamburger", "ghost", "owl")
 
@@ -140,6 +141,9 @@ def main() -> None:
     args = parser.parse_args()
     emoji = EmojiSet(seed=30_000)
     judge, paint = Judge(emoji, args.device), Painter(args.device)
+    count = 32 * max(1, round(32 * args.share))
+    psnr, _ = evaluate_vae(paint.vae, 30_000, count, args.device)
+    print(f"autoencoder on {count} fresh compositions, PSNR in dB: {psnr:.2f}")
     scores_of(emoji, paint, round(200 * args.share), args.device)
     pairs_of(args.device)
 
