@@ -177,7 +177,13 @@ def test_the_cost_of_an_image_adds_up():
     assert costs["3:1 mix"] == (3 * costs["imagerefl"] + costs["refl"]) / 4
 
 
-def test_a_reward_that_looks_at_a_condition_can_be_planned():
+@pytest.mark.slow
+def test_a_reward_that_looks_at_a_condition_has_a_plan(capsys):
+    train.main(train.parse_args(["--base", "sd15", "--reward", "mps", "--plan", "--gpu-memory", "80"]))
+    assert "--batch-size" in capsys.readouterr().out
+
+
+def test_a_reward_that_looks_at_a_condition_runs_without_data():
     args = SimpleNamespace(method="refl", reward="mps", reward_weights=None)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         m = plan.build(args, CONFIG, SMALL_VAE)

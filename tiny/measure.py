@@ -2,8 +2,8 @@
 
     python tiny/measure.py
 
-Every figure of the base is also given for real emoji, whose value is the best that the features can see. Takes ten
-minutes on two cores.
+Every figure of the base is also given for real emoji, whose value is the best that the features can see. Takes a
+quarter of an hour on two cores.
 """
 
 import argparse
