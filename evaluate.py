@@ -82,6 +82,7 @@ from tqdm import tqdm  # noqa: E402
 import cli  # noqa: E402
 import files  # noqa: E402
 import metrics  # noqa: E402
+import packed  # noqa: E402
 import report  # noqa: E402
 import rewards  # noqa: E402
 import state  # noqa: E402
@@ -184,12 +185,13 @@ def draw(args, points: list[Point], prompts: list[str], jobs: list[tuple[int, in
         return
     dtype = cli.stored(args)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
+    packed.pack(vae.decoder)
     scheduler, size = Scheduler(args.steps), (args.resolution, args.resolution)
     for checkpoint in dict.fromkeys(p.checkpoint for p in missing):
         if checkpoint is None:
-            base = tuned = weights.load_unet(args.base, args.device, dtype)
+            base = tuned = packed.pack(weights.load_unet(args.base, args.device, dtype))
         else:
-            base, tuned = weights.load_tuned(checkpoint, args.base, args.device, dtype)
+            base, tuned = weights.load_tuned(checkpoint, args.base, args.device, dtype, prepare=packed.pack)
         own = [p for p in missing if p.checkpoint == checkpoint]
         for at in tqdm(range(0, len(jobs), args.batch_size), f"{checkpoint or 'base'}, {len(own)} ways", unit="batch"):
             part = jobs[at : at + args.batch_size]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import cli
 import metrics
+import packed
 import settings
 from combined import generate_each, switch_weights
 from pictures import grid, save_png, to_pictures
@@ -38,13 +39,17 @@ def images_of(
     """
     if isinstance(m.base, UNet):
         m.base.to(args.device)
-    base, tuned = (m.ema or m.tuned,) * 2 if args.method == "diffusion" else (m.base, m.tuned)
+    networks = [m.ema or m.tuned] * 2 if args.method == "diffusion" else [m.base, m.tuned]
+    networks.append(m.vae)
+    if args.device == "cpu" and not args.compile:
+        networks = [packed.view(n) if isinstance(n, torch.nn.Module) else n for n in networks]
+    base, tuned, vae = networks
     asked, seeds = [p for p in prompts for _ in range(count)], list(range(count)) * len(prompts)
     chunk = 2 * args.batch_size
     for part in (slice(at, at + chunk) for at in range(0, len(asked), chunk)):
         with cli.autocast(args.device, args.dtype):
             made = generate_each(
-                base, tuned, m.vae, m.text, SCHEDULER, [switch_weights(40, switch) for switch in switches],
+                base, tuned, vae, m.text, SCHEDULER, [switch_weights(40, switch) for switch in switches],
                 asked[part], seeds[part], (args.resolution, args.resolution), row.guidance,
             )  # fmt: skip
         yield [images.float() for images in made]

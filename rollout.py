@@ -1,8 +1,8 @@
-"""The steps without gradients on a copy of the UNet in bf16: three quarters of ReFL's arithmetic are there.
+"""The steps without gradients on a copy of the UNet that is made for them: three quarters of ReFL's arithmetic are there.
 
-Under autocast each pass rounds the float32 weights again and normalises in float32. The copy is rounded once an update,
-runs wholly in bf16, and compiles to a graph that knows of no gradients. It predicts what autocast predicts, to the
-rounding of bf16.
+On a GPU the copy is bf16. Under autocast each pass rounds the float32 weights again and normalises in float32; the copy
+is rounded once an update, runs wholly in bf16, and compiles to a graph that knows of no gradients. It predicts what
+autocast predicts, to the rounding of bf16. On a CPU the copy has the same weights, packed once an update.
 """
 
 import copy
@@ -11,33 +11,46 @@ import torch
 from torch import Tensor, nn
 
 import distributed
+import packed
 
 
 class Rollout:
     """Stands for a UNet in the losses: `net` where gradients are recorded, the copy of `unet` elsewhere.
 
-    `net` is `unet` itself, or what it compiled to. `refresh` is called after each change of the weights. `copied`:
-    False for a UNet that is held in `dtype` but for its adapters, which needs no copy.
+    `net` is `unet` itself, or what it compiled to. `refresh` is called after each change of the weights. `dtype`: of the
+    copy; None for a packed one, which computes as `unet` does. `copied`: False for a UNet that is held in `dtype` but for
+    its adapters, which needs no copy.
     """
 
     def __init__(
-        self, net, unet: nn.Module, dtype: torch.dtype = torch.bfloat16, compiled: bool = False, copied: bool = True
+        self,
+        net,
+        unet: nn.Module,
+        dtype: torch.dtype | None = torch.bfloat16,
+        compiled: bool = False,
+        copied: bool = True,
     ):
         self.net, self.unet, self.dtype = net, unet, dtype
-        self.copy = copy.deepcopy(unet).to(dtype).requires_grad_(False) if copied else unet
+        if dtype is None:
+            self.copy = packed.view(unet)
+        else:
+            self.copy = copy.deepcopy(unet).to(dtype).requires_grad_(False) if copied else unet
         self.fast = torch.compile(self.copy) if compiled else self.copy
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round the weights anew, into the same memory."""
-        if self.copy is self.unet:
-            return
-        for mine, theirs in zip(self.copy.parameters(), self.unet.parameters(), strict=True):
-            mine.copy_(distributed.whole(theirs))
+        """Round the weights anew, into the same memory, or have them packed anew."""
+        if self.dtype is None:
+            packed.forget(self.copy)
+        elif self.copy is not self.unet:
+            for mine, theirs in zip(self.copy.parameters(), self.unet.parameters(), strict=True):
+                mine.copy_(distributed.whole(theirs))
 
     def __call__(self, x_t: Tensor, t: Tensor | int, context: Tensor, **conditioning: Tensor) -> Tensor:
         t = t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device)  # one graph for all steps
         if torch.is_grad_enabled():
             return self.net(x_t, t, context=context, **conditioning)
+        if self.dtype is None:
+            return self.fast(x_t, t, context, **conditioning)
         with torch.autocast(x_t.device.type, enabled=False):
             return self.fast(x_t, t, context.to(self.dtype), **conditioning)

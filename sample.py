@@ -55,6 +55,7 @@ ARGS = parse_args() if __name__ == "__main__" else None  # before the slow impor
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import packed  # noqa: E402
 import weights  # noqa: E402
 from combined import aig_weights, generate, switch_weights  # noqa: E402
 from data import check_unicode, read_prompts  # noqa: E402
@@ -121,10 +122,13 @@ def main(args) -> None:
             raise ValueError(f"--switch {args.switch}: {error}") from None
 
     dtype = cli.stored(args)
-    base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype, args.aig is None, args.compile)
+    faster = torch.nn.Module.compile if args.compile else packed.pack
+    base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype, args.aig is None, faster)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
     if args.compile:
         vae.decode = torch.compile(vae.decode)
+    else:
+        packed.pack(vae.decoder)
 
     output, size = Path(args.output_dir), (resolution, resolution)
     jobs = [(p, args.seed + k) for p in prompts for k in range(args.images_per_prompt)]

@@ -214,6 +214,8 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
         compile_networks(args, m)
     if tunes and frozen != torch.float32 or args.shard:
         m.net = Rollout(m.net, m.unet, frozen, args.compile, copied=not args.lora)
+    elif tunes and not args.compile:
+        m.net = Rollout(m.net, m.unet, None)
     if args.shard:
         distributed.shard(m.unet)
         m.parameters, m.tuned = list(m.unet.parameters()), m.net.copy

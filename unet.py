@@ -224,21 +224,27 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution, of tokens (B, L, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class Transformer(nn.Module):
     def __init__(self, c: int, depth: int, heads: int, config: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(config.groups, c, eps=1e-6)
-        self.proj_in = nn.Linear(c, c) if config.linear_projection else nn.Conv2d(c, c, 1)
+        self.proj_in = nn.Linear(c, c) if config.linear_projection else Pointwise(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, config.context, heads) for _ in range(depth)])
-        self.proj_out = nn.Linear(c, c) if config.linear_projection else nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Linear(c, c) if config.linear_projection else Pointwise(c, c, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, L, C)
-        h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)  # a 1x1 convolution is a linear layer
+        h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + h.transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
 
 
 class Downsample(nn.Module):

@@ -127,14 +127,10 @@ def fill(module: nn.Module, place: Path, known: list[layouts.Layout], device: st
     return module.eval()
 
 
-def load_unet(
-    source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, compiled: bool = False
-) -> UNet:
+def load_unet(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet:
     """The UNet of a source: "tiny", "sd15", "sdxl", a folder (a pipeline's or its own), a single file or a hub id."""
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(read_config(source, "unet")))
-    if compiled:
-        unet.compile()  # when it is first called
     return fill(unet, find(source, "unet"), layouts.of_unet(unet.state_dict(), unet.config), device, dtype)
 
 
@@ -216,11 +212,12 @@ def load_tuned(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     swap: bool = False,
-    compiled: bool = False,
+    prepare: Callable[[UNet], object] = lambda unet: None,
 ) -> tuple[Callable, Callable]:
     """Base and tuned model as two callables with the UNet's arguments, as combined generation needs them.
 
-    swap: keep only one of two whole UNets in memory, the one called last.
+    swap: keep only one of two whole UNets in memory, the one called last. `prepare` is called with each UNet that is
+    read, such as `packed.pack`.
 
     checkpoint: a run's folder, with `unet/` or an adapter (then both callables share one set of weights); the authors'
     published folder or its hub id, whose `original_unet/` then is the base UNet; any other source of a UNet, or an
@@ -228,8 +225,9 @@ def load_tuned(
     """
     place = find(checkpoint, "tuned_unet")
     if place.is_file() and layouts.is_adapter(read_file(place)):
-        unet = load_unet(base, device, dtype, compiled)
+        unet = load_unet(base, device, dtype)
         lora.load(unet, place)
+        prepare(unet)
         return lora.halves(unet)
     width = {source: UNetConfig.from_dict(read_config(source)).context for source in (base, place)}
     if width[base] != width[place]:
@@ -238,12 +236,19 @@ def load_tuned(
         raise ValueError(f"{checkpoint}: takes text of width {width[place]}, the base {width[base]}; --base {flag}")
     base = own_base(checkpoint) or base
     if swap:
-        return swapped(base, place, device, dtype, compiled)
-    return load_unet(base, device, dtype, compiled), load_unet(place, device, dtype, compiled)
+        return swapped(base, place, device, dtype, prepare)
+    pair = load_unet(base, device, dtype), load_unet(place, device, dtype)
+    for unet in pair:
+        prepare(unet)
+    return pair
 
 
 def swapped(
-    base: str | Path, tuned: str | Path, device: str, dtype: torch.dtype, compiled: bool = False
+    base: str | Path,
+    tuned: str | Path,
+    device: str,
+    dtype: torch.dtype,
+    prepare: Callable[[UNet], object] = lambda unet: None,
 ) -> tuple[Callable, Callable]:
     """Two UNets in the memory of one: a call of one reads its weights, after those of the other are given back."""
     held: dict[str | Path, UNet] = {}
@@ -254,7 +259,8 @@ def swapped(
         def call(*args, **kwargs) -> Tensor:
             if source not in held:
                 held.clear()
-                held[source] = load_unet(source, device, dtype, compiled)
+                held[source] = load_unet(source, device, dtype)
+                prepare(held[source])
             return held[source](*args, **kwargs)
 
         return call

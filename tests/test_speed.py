@@ -1,17 +1,19 @@
 """What is there for speed changes nothing that is computed."""
 
 import copy
+import platform
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from recipe import filled, rnd
+from recipe import filled, golden, golden_config, rnd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import lora
 import monitor
+import packed
 import plan
 import rewards
 import train
@@ -101,20 +103,24 @@ def test_beside_adapters_the_frozen_weights_are_their_own_copy(unet, vae):
     assert 0 < errors[torch.bfloat16] < 1.3 * errors[torch.float32] < 0.4
 
 
-def test_the_rollout_follows_the_weights_in_training(tmp_path, monkeypatch):
-    """As on a GPU: each update begins with a copy of the weights that the last one left."""
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatch):
+    """Packed, and as on a GPU: each update begins with a copy of the weights that the last one left."""
     seen = []
 
     class Spy(Rollout):
         def __call__(self, *args, **kwargs):
-            if not torch.is_grad_enabled():
+            predicted = super().__call__(*args, **kwargs)
+            if not torch.is_grad_enabled() and dtype:
                 pairs = zip(self.copy.parameters(), self.unet.parameters(), strict=True)
                 seen.append(all(torch.equal(a, b.bfloat16()) for a, b in pairs))
-            return super().__call__(*args, **kwargs)
+            elif not torch.is_grad_enabled():
+                seen.append(torch.allclose(predicted, self.unet(*args, **kwargs), rtol=0, atol=1e-4))
+            return predicted
 
     def load(args, row, config, real=train.load_models):
         m = real(args, row, config)
-        m.net = Spy(m.net, m.unet)
+        m.net = Spy(m.unet, m.unet, dtype)
         return m
 
     monkeypatch.setattr(train, "Rollout", Spy)
@@ -124,6 +130,88 @@ def test_the_rollout_follows_the_weights_in_training(tmp_path, monkeypatch):
     flags = ["--method", "imagerefl", "--steps", "3", "--batch-size", "1", "--sample-every", "0", "--lr", "0.1"]
     train.main(train.parse_args([*flags, "--dtype", "float32", "--output-dir", str(tmp_path / "run")]))
     assert len(seen) > 3 and all(seen)
+
+
+def packed_layers(network) -> list[packed.Packed]:
+    return [module for module in network.modules() if isinstance(module, packed.Packed)]
+
+
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="layers are packed on x86")
+
+
+@x86
+@pytest.mark.parametrize("name", ["unet_sd15_mini", "unet_sdxl_mini", "vae"])
+def test_packed_layers_compute_what_they_did(name, vae):
+    """In float32 to its rounding, also for other sizes than those they were packed for; in bf16 as exactly as autocast."""
+    if name == "vae":
+        network, x, given = vae.decoder, rnd("x", 2, 4, 8, 8), {}
+    else:
+        network, (g, _) = filled(UNet(UNetConfig.from_dict(golden_config(name)))), golden(name)
+        x, given = g["sample"], {"timesteps": g["timestep"], "context": g["context"]}
+        given |= {"pooled": g["text_embeds"], "time_ids": g["time_ids"]} if "text_embeds" in g else {}
+    batch = {key: t.repeat(3, *[1] * (t.ndim - 1)) if t.ndim else t for key, t in given.items()}
+    with torch.no_grad():
+        exact, ours = network(x, **given), packed.view(network)
+        assert packed_layers(ours) and torch.allclose(ours(x, **given), exact, rtol=0, atol=1e-5 * exact.abs().max())
+        wide = x.repeat(3, 1, 1, 2)
+        assert torch.allclose(ours(wide, **batch), network(wide, **batch), rtol=0, atol=1e-5 * exact.abs().max())
+        packed.forget(ours)
+        with torch.autocast("cpu", torch.bfloat16):
+            usual, low = ((net(x, **given) - exact).norm() / exact.norm() for net in (network, ours))
+    assert 0 < low < 1.3 * usual
+    assert {layer.packed.dtype for layer in packed_layers(ours)} == {torch.bfloat16}
+
+
+@x86
+def test_a_packed_network_gives_its_own_weights_back(unet):
+    weights_of, x = dict(unet.named_parameters()), rnd("x", 2, 4, 8, 8)
+    with torch.no_grad():
+        view = packed.view(unet)
+        view(x, 1, **TEXT)
+        assert {id(p) for p in view.parameters()} == {id(p) for p in weights_of.values()}
+        packed.pack(unet)(x, 1, **TEXT)
+    assert {key for key in weights_of if "norm" not in key}.isdisjoint(dict(unet.named_parameters()))
+    assert sum(p.numel() for p in unet.parameters()) < sum(p.numel() for p in weights_of.values()) / 20
+    assert len(packed_layers(unet)) == len([key for key in weights_of if "norm" not in key and "weight" in key])
+
+
+@x86
+def test_a_packed_view_follows_the_weights_when_told(unet):
+    x, rollout = rnd("x", 2, 4, 8, 8), Rollout(unet, unet, None)
+    with torch.no_grad():
+        before = rollout(x, 301, **TEXT)
+        unet.conv_out.weight.mul_(2)
+        assert torch.equal(rollout(x, 301, **TEXT), before)
+        rollout.refresh()
+        now = rollout(x, 301, **TEXT)
+        assert not torch.allclose(now, before, atol=1e-2)
+        assert torch.allclose(now, unet(x, 301, **TEXT), rtol=0, atol=1e-5 * now.abs().max())
+    assert rollout(x, 301, **TEXT).requires_grad
+
+
+@x86
+def test_adapters_keep_their_switch_among_packed_layers(unet):
+    x = rnd("x", 2, 4, 8, 8)
+    for i, p in enumerate(lora.add(unet, 4)):
+        p.data.copy_(0.3 * rnd(f"adapter {i}", *p.shape))
+    with torch.no_grad():
+        expected = [half(x, 301, **TEXT) for half in lora.halves(unet)]
+        ours = [half(x, 301, **TEXT) for half in lora.halves(packed.pack(unet))]
+    assert packed_layers(unet) and not torch.allclose(*expected, atol=1e-2)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-5 * b.abs().max()) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("lacks", ["x86", "bf16"])
+def test_where_layers_cannot_be_packed_they_run_as_they_are(unet, lacks, monkeypatch):
+    x = rnd("x", 2, 4, 8, 8)
+    if lacks == "x86":
+        monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    else:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours = packed.view(unet)
+        assert torch.equal(ours(x, 301, **TEXT), unet(x, 301, **TEXT))
+    assert all(layer.packed is None for layer in packed_layers(ours))
 
 
 def test_swapped_models_and_passes_sample_the_same_images(tmp_path):
