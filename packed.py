@@ -1,12 +1,14 @@
 """Layers on a CPU whose weights wait in the order that oneDNN computes in, for networks without gradients.
 
-Otherwise oneDNN puts them into that order in each call, after autocast has rounded them once more: for one image of SD1.5
-at 256 pixels that is half of a UNet's time in float32 and most of it in bf16. The results are those of the same layers, to
-rounding.
+Otherwise oneDNN puts them into that order in each call, after autocast has rounded them once more: for one image of
+SD1.5 at 256 pixels that is half of a UNet's time in float32, and most of it in bf16. The results are those of the same
+layers, to rounding.
 """
 
 import copy
+import ctypes
 import platform
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from unet import Pointwise
 
 NOTHING_FUSED = ("none", [], "")  # no activation after a layer
+LARGE = 8_000_000  # bytes of weights, after which memory is given back to the system
 
 
 class Packed(nn.Module):
@@ -34,12 +37,15 @@ class Packed(nn.Module):
         weight, bias = self.layer.weight.detach().to(dtype), self.layer.bias
         if x.ndim == 4:
             self.sizes = (self.layer.padding, self.layer.stride, self.layer.dilation, self.layer.groups)
-            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *self.sizes, list(x.shape))
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.sizes, list(x.shape))
         else:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1))
         self.bias = None if bias is None else bias.detach().to(dtype)
         if not self.keep:
+            large, weight = self.layer.weight.nbytes > LARGE, None
             self.layer.weight = self.layer.bias = None
+            if large and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+                ctypes.CDLL(None).malloc_trim(0)  # else glibc keeps much of it, beside the packed weights
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:

@@ -1,8 +1,9 @@
-"""The steps without gradients on a copy of the UNet that is made for them: three quarters of ReFL's arithmetic are there.
+"""The steps without gradients, three quarters of ReFL's arithmetic, on a copy of the UNet that is made for them.
 
 On a GPU the copy is bf16. Under autocast each pass rounds the float32 weights again and normalises in float32; the copy
 is rounded once an update, runs wholly in bf16, and compiles to a graph that knows of no gradients. It predicts what
-autocast predicts, to the rounding of bf16. On a CPU the copy has the same weights, packed once an update.
+autocast predicts, to the rounding of bf16. On a CPU the copy has the same weights, packed once in an update that makes
+many calls.
 """
 
 import copy
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 import distributed
 import packed
 
+FEW = 9  # calls, as many as a pass of ImageReFL makes at most: packing would cost more time than they would save
+
 
 class Rollout:
     """Stands for a UNet in the losses: `net` where gradients are recorded, the copy of `unet` elsewhere.
 
-    `net` is `unet` itself, or what it compiled to. `refresh` is called after each change of the weights. `dtype`: of the
-    copy; None for a packed one, which computes as `unet` does. `copied`: False for a UNet that is held in `dtype` but for
-    its adapters, which needs no copy.
+    `net` is `unet` itself, or what it compiled to. `refresh` is called after each change of the weights. `dtype`: of
+    the copy; None for a packed one, which computes as `unet` does. `copied`: False for a UNet that is held in `dtype`
+    but for its adapters, which needs no copy.
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class Rollout:
         compiled: bool = False,
         copied: bool = True,
     ):
-        self.net, self.unet, self.dtype = net, unet, dtype
+        self.net, self.unet, self.dtype, self.calls = net, unet, dtype, 0
         if dtype is None:
             self.copy = packed.view(unet)
         else:
@@ -41,6 +44,7 @@ class Rollout:
     def refresh(self) -> None:
         """Round the weights anew, into the same memory, or have them packed anew."""
         if self.dtype is None:
+            self.calls = 0
             packed.forget(self.copy)
         elif self.copy is not self.unet:
             for mine, theirs in zip(self.copy.parameters(), self.unet.parameters(), strict=True):
@@ -51,6 +55,7 @@ class Rollout:
         if torch.is_grad_enabled():
             return self.net(x_t, t, context=context, **conditioning)
         if self.dtype is None:
-            return self.fast(x_t, t, context, **conditioning)
+            self.calls += 1
+            return (self.unet if self.calls <= FEW else self.fast)(x_t, t, context, **conditioning)
         with torch.autocast(x_t.device.type, enabled=False):
             return self.fast(x_t, t, context.to(self.dtype), **conditioning)

@@ -28,6 +28,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+import packed
 import plan
 import reward_models
 import rewards
@@ -195,10 +196,11 @@ def tensors_of(*things) -> list[Tensor]:
 def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> tuple[dict[str, Side], float, str]:
     """One forward pass of a UNet: the sides, their disagreement, and what is done in words."""
     pair = both_unets(config, args.device)
+    quick = packed.view(pair[0])
     x = randn((1, config.latent_channels, side, side), torch.Generator().manual_seed(2), args.device)
     given = conditioning_of(config, 1, args.device, torch.float32)
     with torch.no_grad():
-        error = apart(pair[0](x, 500, **given), pair[1](x, 500, **in_their_words(given))[0], 1e-4)
+        error = apart(quick(x, 500, **given), pair[1](x, 500, **in_their_words(given))[0], 1e-4)
     ours, theirs = lowered(pair, sizes.dtype)
     x = x.expand(sizes.batch, -1, -1, -1).to(sizes.dtype).contiguous()
     given = conditioning_of(config, sizes.batch, args.device, sizes.dtype)
@@ -208,9 +210,11 @@ def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> tuple[di
         return tensors_of(ours)
 
     sides = {
-        "ours": Side(lambda: ours(x, t, **given), kept),
+        "ours": Side(lambda: quick(x, t, **given), kept),
         "diffusers": Side(lambda: theirs(x, t, **in_their_words(given)), kept),
     }
+    if args.device == "cpu":
+        sides["ours, not packed"] = Side(lambda: ours(x, t, **given), kept)
     if args.channels_last:
         last = copy.deepcopy(ours).to(memory_format=torch.channels_last)
         sides["channels_last"] = Side(lambda: last(x, t, **given), lambda: tensors_of(last))
@@ -227,9 +231,10 @@ def decode(args, sizes: Sizes) -> tuple[dict[str, Side], float, str]:
     """Latents to images by SD1.5's autoencoder."""
     config = sizes.vae if args.sizes == "tiny" else vaes.SD15
     pair = both_vaes(config, args.device)
+    quick = packed.view(pair[0])
     z = randn((1, config.latent_channels, *[sizes.side_decode] * 2), torch.Generator().manual_seed(2), args.device)
     with torch.no_grad():
-        error = apart(pair[0].decode(z), pair[1].decode(z / config.scale, return_dict=False)[0], 1e-4)
+        error = apart(quick.decode(z), pair[1].decode(z / config.scale, return_dict=False)[0], 1e-4)
     ours, theirs = lowered(pair, sizes.dtype)
     z = z.expand(sizes.batch, -1, -1, -1).to(sizes.dtype).contiguous()
 
@@ -237,9 +242,11 @@ def decode(args, sizes: Sizes) -> tuple[dict[str, Side], float, str]:
         return tensors_of(ours)
 
     sides = {
-        "ours": Side(lambda: ours.decode(z), kept),
+        "ours": Side(lambda: quick.decode(z), kept),
         "diffusers": Side(lambda: theirs.decode(z / config.scale, return_dict=False), kept),
     }
+    if args.device == "cpu":
+        sides["ours, not packed"] = Side(lambda: ours.decode(z), kept)
     if args.compile:
         compiled = torch.compile(ours.decode)
         best = both_vaes(config, args.device)[1].to(sizes.dtype)
@@ -283,8 +290,8 @@ def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float,
             num_inference_steps=40, guidance_scale=guidance, eta=1.0, generator=seeds(len(x)), output_type="latent",
         ).images  # fmt: skip
 
-    once = inputs(1, torch.float32)
-    error = apart(by_us(pair[0], *once), by_them(pipeline(pair[1]), *once), 1e-3)
+    once, quick = inputs(1, torch.float32), packed.view(pair[0])
+    error = apart(by_us(quick, *once), by_them(pipeline(pair[1]), *once), 1e-3)
     unet, made = lowered(pair, sizes.dtype)[0], pipeline(pair[1])
     given = inputs(sizes.batch, sizes.dtype)
 
@@ -292,9 +299,11 @@ def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float,
         return tensors_of(unet)
 
     sides = {
-        "ours": Side(lambda: by_us(unet, *given), kept),
+        "ours": Side(lambda: by_us(quick, *given), kept),
         "diffusers": Side(lambda: by_them(made, *given), kept),
     }
+    if args.device == "cpu":
+        sides["ours, not packed"] = Side(lambda: by_us(unet, *given), kept)
     if args.compile:
         fast = Rollout(unet, unet, sizes.dtype, compiled=True)
         best = both_unets(config, args.device)[1].to(sizes.dtype)
@@ -409,14 +418,12 @@ def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
         net, kept = torch.compile(mine) if compiled else mine, [mine, own, optimizer]
         if compiled:
             own.decode = torch.compile(own.decode)
-        if frozen != torch.float32:
-            net = Rollout(net, mine, frozen, compiled)
-            kept.append(net.copy)
+        net = Rollout(net, mine, None if args.device == "cpu" else frozen, compiled)
+        kept += [] if args.device == "cpu" else [net.copy]
 
         def once() -> None:
             do(lambda **given: our_loss(net, own, **given), optimizer)
-            if isinstance(net, Rollout):
-                net.refresh()
+            net.refresh()
 
         return Side(once, lambda: tensors_of(*kept))
 
@@ -511,7 +518,8 @@ def table(about: dict, rows: list[dict]) -> str:
         "Medians in seconds; `x`: diffusers' time over ours, range over turns in brackets; without a compiled side of",
         "theirs, their eager one is taken. Peak: what a side keeps (weights, optimizer) and what the call takes beside",
         "it, GB. Difference: of the float32 results, by norm. Rate: of our fastest side, as a share of the device's",
-        "measured bf16 matrix rate. A dash: not measured.",
+        "measured bf16 matrix rate. A dash: not measured. On a CPU ours are packed, as in `sample.py` (`packed.py`); the",
+        "JSON file also has them as they are.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
@@ -557,7 +565,7 @@ def main(args: argparse.Namespace) -> None:
         sides, difference, words = work[name]()
         training = name in ("refl", "imagerefl")
         with torch.set_grad_enabled(training), plan.counter() as counted:
-            sides["ours"].run()
+            sides["diffusers"].run()
         row = {"work": name, "words": words, "difference": difference, "tflop": counted.get_total_flops() / 1e12}
         with torch.set_grad_enabled(training):
             rows.append(row | {"sides": measure(args, sides)})

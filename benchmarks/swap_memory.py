@@ -2,7 +2,8 @@
 
     python benchmarks/swap_memory.py            needs 3.5 GB of disk and 5 GB of memory
 
-Each way runs in a process of its own, on files of random fp16 weights, which become bf16 as they are read, as on a GPU.
+Each way runs in a process of its own, on files of random fp16 weights, which become bf16 as they are read, as on a GPU,
+and are then packed, as on a CPU.
 Linux's peak of the resident memory is reported, without what the libraries took before.
 """
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+import packed
 import weights
 from combined import generate, switch_weights
 from scheduler import Scheduler
@@ -43,10 +45,10 @@ def peak(way: str, base: Path, tuned: Path) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until here
     how = ("cpu", torch.bfloat16)
     if way == "swapped":
-        models = weights.swapped(base, tuned, *how)
+        models = weights.swapped(base, tuned, *how, packed.pack)
     else:
-        models = [weights.load_unet(base, *how)]
-        models += [weights.load_unet(tuned, *how)] if way == "two models" else models
+        models = [packed.pack(weights.load_unet(base, *how))]
+        models += [packed.pack(weights.load_unet(tuned, *how))] if way == "two models" else models
     vae = SimpleNamespace(factor=8, config=SimpleNamespace(latent_channels=4), decode=lambda x: x)
     asked = (Scheduler(2), switch_weights(2, 1), ["a"], [1], (64, 64), 1.0)
     generate(*models, vae, lambda prompts, size: {"context": torch.ones(len(prompts), 77, 768).bfloat16()}, *asked)

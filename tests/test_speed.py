@@ -16,11 +16,12 @@ import monitor
 import packed
 import plan
 import rewards
+import rollout
 import train
 import weights
 from combined import generate, switch_weights
 from refl import refl_loss
-from rollout import Rollout
+from rollout import FEW, Rollout
 from scheduler import Scheduler
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -123,6 +124,7 @@ def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatc
         m.net = Spy(m.unet, m.unet, dtype)
         return m
 
+    monkeypatch.setattr(rollout, "FEW", 0)
     monkeypatch.setattr(train, "Rollout", Spy)
     monkeypatch.setattr(train, "load_models", load)
     monkeypatch.setattr(monitor, "images_of", lambda *_: None)
@@ -142,7 +144,7 @@ x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="
 @x86
 @pytest.mark.parametrize("name", ["unet_sd15_mini", "unet_sdxl_mini", "vae"])
 def test_packed_layers_compute_what_they_did(name, vae):
-    """In float32 to its rounding, also for other sizes than those they were packed for; in bf16 as exactly as autocast."""
+    """In float32 to its rounding, also for other sizes than they were packed for; in bf16 as exactly as autocast."""
     if name == "vae":
         network, x, given = vae.decoder, rnd("x", 2, 4, 8, 8), {}
     else:
@@ -179,11 +181,16 @@ def test_a_packed_network_gives_its_own_weights_back(unet):
 def test_a_packed_view_follows_the_weights_when_told(unet):
     x, rollout = rnd("x", 2, 4, 8, 8), Rollout(unet, unet, None)
     with torch.no_grad():
+        for _ in range(FEW):
+            rollout(x, 301, **TEXT)
+            assert all(layer.packed is None for layer in packed_layers(rollout.copy))
         before = rollout(x, 301, **TEXT)
         unet.conv_out.weight.mul_(2)
         assert torch.equal(rollout(x, 301, **TEXT), before)
+        assert all(layer.packed is not None for layer in packed_layers(rollout.copy))
         rollout.refresh()
-        now = rollout(x, 301, **TEXT)
+        for _ in range(FEW + 1):
+            now = rollout(x, 301, **TEXT)
         assert not torch.allclose(now, before, atol=1e-2)
         assert torch.allclose(now, unet(x, 301, **TEXT), rtol=0, atol=1e-5 * now.abs().max())
     assert rollout(x, 301, **TEXT).requires_grad
