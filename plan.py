@@ -310,21 +310,20 @@ def configs(base: str) -> tuple[UNetConfig, VAEConfig]:
     )
 
 
-def report(args, unet: UNetConfig, vae: VAEConfig) -> str:
-    """The plan as text. `args`: those of `train.py`, resolved."""
-    parts = flops(args, unet, vae)
+def report(args, unet: UNetConfig, vae: VAEConfig) -> Iterator[str]:
+    """The plan, line by line as it is known: the memory takes minutes. `args`: those of `train.py`, resolved."""
     images = args.batch_size * args.accumulate
-    lines = [f"{args.base}, {args.method}, {args.resolution} pixels, {images} images an update", "", "TFLOP an image"]
-    lines += [f"  {name:24}{value / 1e12:>10.3f}" for name, value in parts.items()]
-    lines += ["", "TFLOP an image of an update, and an update"]
+    yield f"{args.base}, {args.method}, {args.resolution} pixels, {images} images an update"
+    parts = flops(args, unet, vae)
+    yield "\nTFLOP an image"
+    yield from (f"  {name:24}{value / 1e12:>10.3f}" for name, value in parts.items())
+    yield "\nTFLOP an image of an update, and an update"
     for name, value in per_image(parts, args.start).items():
-        lines.append(f"  {name:24}{value / 1e12:>10.3f}{images * value / 1e12:>12.1f}")
+        yield f"  {name:24}{value / 1e12:>10.3f}{images * value / 1e12:>12.1f}"
     if args.method == "diffusion":
-        return "\n".join(lines)
-    lines += [
-        "",
-        f"memory on a GPU, predicted, not compiled (GB of 2^30 bytes, with {RESERVE:g} for the driver), and settings",
-    ]
+        return
+    kind = "memory on a GPU, predicted, not compiled"
+    yield f"\n{kind} (GB of 2^30 bytes, with {RESERVE:g} for the driver), and settings"
     known: dict = {}
     for gigabytes in [args.gpu_memory] if args.gpu_memory else MEMORIES:
         found = fitting(args, unet, vae, gigabytes, known)
@@ -334,7 +333,6 @@ def report(args, unet: UNetConfig, vae: VAEConfig) -> str:
             batch, flags, need = found
             said = f"{need:6.1f}  --batch-size {batch} --accumulate {images // batch}"
             said += f" {flags}" if flags else ""
-        lines.append(f"  {gigabytes:>4g} GB  {said}")
+        yield f"  {gigabytes:>4g} GB  {said}"
     for flags, (one, two) in known.items():
-        lines.append(f"  {one / GB:.2f} with one image, {(two - one) / GB:.2f} for each more  {flags}".rstrip())
-    return "\n".join(lines)
+        yield f"  {one / GB:.2f} with one image, {(two - one) / GB:.2f} for each more  {flags}".rstrip()

@@ -491,7 +491,8 @@ def show_plan(args) -> None:
     unet, vae = plan.configs(args.base)
     args.data = args.data or "."
     resolve(args, settings.of(args.base, unet.to_dict()))
-    print(plan.report(args, unet, vae))
+    for line in plan.report(args, unet, vae):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
