@@ -2,8 +2,8 @@
 
 On a GPU the copy is bf16. Under autocast each pass rounds the float32 weights again and normalises in float32; the copy
 is rounded once an update, runs wholly in bf16, and compiles to a graph that knows of no gradients. It predicts what
-autocast predicts, to the rounding of bf16. On a CPU the copy has the same weights, packed once in an update that makes
-many calls.
+autocast predicts, to the rounding of bf16. On a CPU the copy has the same weights, packed once an update for passes of
+many steps.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import distributed
 import packed
 
-FEW = 9  # calls, as many as a pass of ImageReFL makes at most: packing would cost more time than they would save
+FEW = 9  # first calls of a pass, on a CPU: were they all, as in ImageReFL, packing would take more time than it saves
 
 
 class Rollout:
@@ -44,7 +44,6 @@ class Rollout:
     def refresh(self) -> None:
         """Round the weights anew, into the same memory, or have them packed anew."""
         if self.dtype is None:
-            self.calls = 0
             packed.forget(self.copy)
         elif self.copy is not self.unet:
             for mine, theirs in zip(self.copy.parameters(), self.unet.parameters(), strict=True):
@@ -53,6 +52,7 @@ class Rollout:
     def __call__(self, x_t: Tensor, t: Tensor | int, context: Tensor, **conditioning: Tensor) -> Tensor:
         t = t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device)  # one graph for all steps
         if torch.is_grad_enabled():
+            self.calls = 0  # the pass ends with it
             return self.net(x_t, t, context=context, **conditioning)
         if self.dtype is None:
             self.calls += 1
