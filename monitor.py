@@ -39,11 +39,10 @@ def images_of(
     """
     if isinstance(m.base, UNet):
         m.base.to(args.device)
-    networks = [m.ema or m.tuned] * 2 if args.method == "diffusion" else [m.base, m.tuned]
-    networks.append(m.vae)
+    tuned, vae = m.ema or m.tuned, m.vae
     if args.device == "cpu" and not args.compile:
-        networks = [packed.view(n) if isinstance(n, torch.nn.Module) else n for n in networks]
-    base, tuned, vae = networks
+        tuned, vae = packed.view(tuned), packed.view(vae)
+    base = tuned if args.method == "diffusion" else m.base
     asked, seeds = [p for p in prompts for _ in range(count)], list(range(count)) * len(prompts)
     chunk = 2 * args.batch_size
     for part in (slice(at, at + chunk) for at in range(0, len(asked), chunk)):

@@ -1,4 +1,4 @@
-"""Layers on a CPU whose weights wait in the order that oneDNN computes in, for networks without gradients.
+"""Layers on a CPU whose weights wait in the order that oneDNN computes in, for the UNets and decoders that sample.
 
 Otherwise oneDNN puts them into that order in each call, after autocast has rounded them once more: for one image of
 SD1.5 at 256 pixels that is half of a UNet's time in float32, and most of it in bf16. The results are those of the same
@@ -20,14 +20,17 @@ LARGE = 8_000_000  # bytes of weights, after which memory is given back to the s
 
 
 class Packed(nn.Module):
-    """A linear layer or a convolution, packed when it is first called: in the type of that call, for its sizes.
+    """A linear layer or a convolution without gradients, packed when it is first called: in the type of that call, for
+    its sizes.
 
-    `keep`: the layer keeps its own weights too, so that `forget` can have them packed anew.
+    `keep`: the layer keeps its own weights too, so that `forget` can have them packed anew. Otherwise it lets go of
+    them; those that are views of a file stay in memory as its pages until the system needs these.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, keep: bool):
         super().__init__()
         self.layer, self.keep, self.packed = layer, keep, None
+        self.convolves = type(layer) is nn.Conv2d  # a Pointwise is a linear layer
 
     @property
     def weight(self) -> Tensor:
@@ -35,7 +38,7 @@ class Packed(nn.Module):
 
     def pack(self, x: Tensor, dtype: torch.dtype) -> None:
         weight, bias = self.layer.weight.detach().to(dtype), self.layer.bias
-        if x.ndim == 4:
+        if self.convolves:
             self.sizes = (self.layer.padding, self.layer.stride, self.layer.dilation, self.layer.groups)
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.sizes, list(x.shape))
         else:
@@ -50,13 +53,18 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
-            if dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            if not possible(dtype):
                 return self.layer(x)
             self.pack(x, dtype)
         x = x.to(self.packed.dtype)
-        if x.ndim == 4:
+        if self.convolves:
             return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.sizes, *NOTHING_FUSED)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *NOTHING_FUSED)
+
+
+def possible(dtype: torch.dtype) -> bool:
+    """Whether layers can be packed in a type."""
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack(network: nn.Module, keep: bool = False) -> nn.Module:
@@ -79,7 +87,7 @@ def replace(module: nn.Module, keep: bool) -> None:
 
 
 def view(network: nn.Module) -> nn.Module:
-    """A packed network with the weights of `network`: those that it had at the first call after a `forget`."""
+    """A packed network that shares what `network` has. Weights that are packed follow its own when `forget` says so."""
     return pack(copy.deepcopy(network, {id(p): p for p in network.parameters()}), keep=True)
 
 

@@ -98,6 +98,7 @@ import distributed  # noqa: E402
 import lora  # noqa: E402
 import metrics  # noqa: E402
 import monitor  # noqa: E402
+import packed  # noqa: E402
 import plan  # noqa: E402
 import rewards  # noqa: E402
 import runs  # noqa: E402
@@ -205,6 +206,8 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
     else:
         m.parameters, m.tuned = list(m.unet.parameters()), m.unet
         m.base = copy.deepcopy(m.unet).to("cpu", frozen).requires_grad_(False) if tunes else None  # until it samples
+        if tunes and device == "cpu" and not args.compile:
+            packed.pack(m.base)
     if args.ema:
         m.ema = copy.deepcopy(m.unet).requires_grad_(False)
     m.unet.checkpointing = "unet" in (args.checkpointing or "")

@@ -202,6 +202,7 @@ def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> tuple[di
     with torch.no_grad():
         error = apart(quick(x, 500, **given), pair[1](x, 500, **in_their_words(given))[0], 1e-4)
     ours, theirs = lowered(pair, sizes.dtype)
+    packed.forget(quick)
     x = x.expand(sizes.batch, -1, -1, -1).to(sizes.dtype).contiguous()
     given = conditioning_of(config, sizes.batch, args.device, sizes.dtype)
     t = torch.full((sizes.batch,), 500, device=args.device)
@@ -236,6 +237,7 @@ def decode(args, sizes: Sizes) -> tuple[dict[str, Side], float, str]:
     with torch.no_grad():
         error = apart(quick.decode(z), pair[1].decode(z / config.scale, return_dict=False)[0], 1e-4)
     ours, theirs = lowered(pair, sizes.dtype)
+    packed.forget(quick)
     z = z.expand(sizes.batch, -1, -1, -1).to(sizes.dtype).contiguous()
 
     def kept() -> list[Tensor]:
@@ -293,6 +295,7 @@ def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float,
     once, quick = inputs(1, torch.float32), packed.view(pair[0])
     error = apart(by_us(quick, *once), by_them(pipeline(pair[1]), *once), 1e-3)
     unet, made = lowered(pair, sizes.dtype)[0], pipeline(pair[1])
+    packed.forget(quick)
     given = inputs(sizes.batch, sizes.dtype)
 
     def kept() -> list[Tensor]:

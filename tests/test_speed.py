@@ -161,7 +161,8 @@ def test_packed_layers_compute_what_they_did(name, vae):
         with torch.autocast("cpu", torch.bfloat16):
             usual, low = ((net(x, **given) - exact).norm() / exact.norm() for net in (network, ours))
     assert 0 < low < 1.3 * usual
-    assert {layer.packed.dtype for layer in packed_layers(ours)} == {torch.bfloat16}
+    if packed.possible(torch.bfloat16):
+        assert {layer.packed.dtype for layer in packed_layers(ours)} == {torch.bfloat16}
 
 
 @x86
