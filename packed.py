@@ -51,6 +51,8 @@ class Packed(nn.Module):
                 ctypes.CDLL(None).malloc_trim(0)  # else glibc keeps much of it, beside the packed weights
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("a packed layer passes no gradient on; call it in torch.no_grad(), or do not pack")
         if self.packed is None:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
             if not possible(dtype):

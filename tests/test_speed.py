@@ -173,6 +173,8 @@ def test_a_packed_network_gives_its_own_weights_back(unet):
         view(x, 1, **TEXT)
         assert {id(p) for p in view.parameters()} == {id(p) for p in weights_of.values()}
         packed.pack(unet)(x, 1, **TEXT)
+    with pytest.raises(RuntimeError, match="passes no gradient on"):
+        unet(x.requires_grad_(), 1, **TEXT)
     assert {key for key in weights_of if "norm" not in key}.isdisjoint(dict(unet.named_parameters()))
     assert sum(p.numel() for p in unet.parameters()) < sum(p.numel() for p in weights_of.values()) / 20
     assert len(packed_layers(unet)) == len([key for key in weights_of if "norm" not in key and "weight" in key])
