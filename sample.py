@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add("--images-per-prompt", type=positive, default=4)
     add("--batch-size", type=positive, help="images at a time (default: 8, tiny 32)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where the processor has it")
-    add("--compile", action="store_true", help="torch.compile the networks: slow to start, pays for many images")
+    add("--compile", action="store_true", help="torch.compile the networks: for GPUs, slow to start")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--output-dir", default="samples")
     return parser.parse(argv)
