@@ -125,10 +125,7 @@ def main(args) -> None:
     faster = torch.nn.Module.compile if args.compile else packed.pack
     base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype, args.aig is None, faster)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
-    if args.compile:
-        vae.decode = torch.compile(vae.decode)
-    else:
-        packed.pack(vae.decoder)
+    faster(vae.decoder)
 
     output, size = Path(args.output_dir), (resolution, resolution)
     jobs = [(p, args.seed + k) for p in prompts for k in range(args.images_per_prompt)]

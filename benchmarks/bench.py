@@ -1,6 +1,6 @@
 """Ours beside diffusers, in one run, on the same weights, inputs and noise: time and memory.
 
-    python benchmarks/bench.py                             on a CPU: seven minutes on two cores
+    python benchmarks/bench.py                             on a CPU: nine minutes on two cores
     python benchmarks/bench.py --device cuda --compile     full sizes in bf16, where compiling takes the time
 
 Weights are random. That both sides compute the same is asserted in float32 before anything is timed. The sides take
