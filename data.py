@@ -6,6 +6,7 @@ A data set is a sequence of (image (3, H, W) in [-1, 1], caption) pairs; item i 
 import json
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import pictures
 
+READERS = 4  # threads that read pictures ahead
 EMOJI = Path(__file__).parent / "tiny" / "data"
 BACKGROUNDS = {  # the eight colours behind an emoji
     "white": (250, 250, 250),
@@ -239,10 +241,13 @@ class Stream:
 
     A picture that does not decode is named once and counted in `left_out`; the one after it takes its place, so that
     what stands at a position never depends on what was read before.
+
+    `ahead`: with N, other threads read the batch that begins N batches further on, while this one goes on.
     """
 
-    def __init__(self, data, seed: int, position: int = 0):
+    def __init__(self, data, seed: int, position: int = 0, ahead: int = 0):
         self.data, self.seed, self.position, self.left_out = data, seed, position, set()
+        self.ahead, self.coming, self.readers = ahead, {}, ThreadPoolExecutor(READERS)
 
     def index(self, n: int) -> int:
         """The index of what stands at position n."""
@@ -262,8 +267,8 @@ class Stream:
                 return self.data[i]
             except OSError:
                 if i not in self.left_out:
+                    self.left_out.add(i)
                     print(f"left out, does not decode: {self.data.rows[i][0]}", file=sys.stderr)
-                self.left_out.add(i)
                 if len(self.left_out) == len(self.data):
                     raise ValueError(f"none of the {len(self.data)} images decodes") from None
             n += 1
@@ -271,5 +276,9 @@ class Stream:
     def batch(self, count: int) -> tuple[Tensor, list[str]]:
         """The next images (count, 3, H, W) and their captions."""
         start, self.position = self.position, self.position + count
-        images, captions = zip(*(self.read(n) for n in range(start, self.position)), strict=True)
+        rows = [self.coming[n].result() if n in self.coming else self.read(n) for n in range(start, self.position)]
+        if self.ahead:
+            later = range(start + self.ahead * count, self.position + self.ahead * count)
+            self.coming = {n: self.readers.submit(self.read, n) for n in later}
+        images, captions = zip(*rows, strict=True)
         return torch.stack(images), list(captions)

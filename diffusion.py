@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scheduler import TRAIN_STEPS, Scheduler, randn
+from transfer import send
 
 
 def diffusion_loss(unet, x_t: Tensor, t: Tensor | int, eps: Tensor, conditioning: dict) -> Tensor:
@@ -26,9 +27,9 @@ def pretraining_loss(
     """
     eps = randn(x0.shape, generator, x0.device)
     t = torch.randint(TRAIN_STEPS, (len(x0),), generator=generator)
-    loss = diffusion_loss(unet, scheduler.add_noise(x0, eps, t), t.to(x0.device), eps, conditioning)
+    loss = diffusion_loss(unet, scheduler.add_noise(x0, eps, t), send(t, x0.device), eps, conditioning)
     log = {"diffusion": loss.detach().mean()}
     if snr_gamma:
-        snr = (scheduler.abar / (1 - scheduler.abar))[t].float().to(loss.device)
+        snr = send((scheduler.abar / (1 - scheduler.abar))[t].float(), loss.device)
         loss = loss * (snr_gamma / snr).clamp(max=1)
     return loss.mean(), log

@@ -30,6 +30,7 @@ from transformers import (
 import pictures
 from mps import MPS
 from pictures import CLIP_MEAN, CLIP_STD
+from transfer import send
 
 # ------------------------------------------------------------------------------------------- images -> pixels
 
@@ -180,9 +181,9 @@ class Cosine(nn.Module):
         self.config, self.length = config, config.text_config.max_position_embeddings
 
     def encode_text(self, ids, mask):
-        """-> unit text features (B, D). The first end token is pooled: neither padding nor mask matters."""
+        """-> unit text features (B, D). The first end token is pooled and sees no padding, so the mask is not used."""
         # In transformers 4.x get_text_features returns the projected feature itself, not an object.
-        return (F.normalize(self.model.get_text_features(ids, mask).pooler_output, dim=-1),)
+        return (F.normalize(self.model.get_text_features(ids).pooler_output, dim=-1),)
 
     def encode_image(self, pixels):
         """-> image features (B, D), not normalised."""
@@ -399,7 +400,7 @@ class Reward:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
         if new:
             with torch.no_grad():
-                columns = self.network.encode_text(*(x.to(self.text_device or device) for x in self.ids(new)))
+                columns = self.network.encode_text(*(send(x, self.text_device or device) for x in self.ids(new)))
                 rows = ([column[i].to(device, copy=True) for column in columns] for i in range(len(new)))
                 self.cache.update(zip(new, rows, strict=True))
         rows = [self.cache[prompt] for prompt in prompts]

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from transfer import send
+
 TRAIN_STEPS = 1000
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -53,7 +55,7 @@ class Scheduler:
 
     def _abar(self, t: Tensor | int, x: Tensor) -> Tensor:
         abar = self.abar[t.cpu() if isinstance(t, Tensor) else t]
-        return abar.to(x.device).view(-1, 1, 1, 1) if abar.ndim else abar  # one number stays here: no device waits
+        return send(abar, x.device).view(-1, 1, 1, 1) if abar.ndim else abar  # one number stays here: no device waits
 
 
 def randn(shape: Iterable[int], generator: Generators, device: str | torch.device = "cpu") -> Tensor:
@@ -66,9 +68,7 @@ def randn(shape: Iterable[int], generator: Generators, device: str | torch.devic
         noise = torch.cat([torch.randn(1, *shape[1:], generator=g) for g in generator])
     else:
         noise = torch.randn(shape, generator=generator)
-    if torch.device(device).type == "cuda":
-        noise = noise.pin_memory()  # so that the host need not wait for the copy
-    return noise.to(device, non_blocking=True)
+    return send(noise, device)
 
 
 def denoise(

@@ -7,13 +7,16 @@ second one's pooled text, and the image size. S text tokens, D width of the stat
 import torch
 from torch import Tensor
 
+from transfer import send
+
 CACHE_BYTES = 2**29  # features of the latest prompts that are kept
 
 
 class TextEncoder:
     """Frozen text encoders and their tokenizers. `encoder(prompts, size)` gives the keyword arguments of the UNet.
 
-    A prompt is encoded alone and remembered, so that its features never depend on what it was batched with.
+    What a prompt gave is remembered. On a CPU it is encoded alone, so that its features never depend on its company; a
+    GPU, which one prompt leaves idle, takes all new ones at once.
     """
 
     def __init__(self, models: list, tokenizers: list):
@@ -38,34 +41,37 @@ class TextEncoder:
 
         Returns context (B, S, D) and for SDXL pooled (B, 1280), in the encoders' dtype, and time_ids (B, 6), float32.
         """
-        features = [self.features(prompt) for prompt in prompts]
-        conditioning = {key: torch.cat([f[key] for f in features]).to(self.device) for key in features[0]}
+        features = self.features(prompts)
+        conditioning = {key: send(torch.cat([f[key] for f in features]), self.device) for key in features[0]}
         if len(self.models) == 2:
             H, W = size
-            time_ids = torch.tensor(
-                [[H, W, 0, 0, H, W]], dtype=torch.float32
-            )  # original size, crop offset, target size
-            conditioning["time_ids"] = time_ids.expand(len(prompts), -1).to(self.device)
+            time_ids = torch.tensor([[H, W, 0, 0, H, W]], dtype=torch.float32)  # original size, crop, target size
+            conditioning["time_ids"] = send(time_ids.expand(len(prompts), -1), self.device)
         return conditioning
 
-    def features(self, prompt: str) -> dict[str, Tensor]:
-        """Of one prompt: context (1, S, D), for SDXL also pooled (1, 1280)."""
-        if prompt not in self.cache:
-            new = self._encode(prompt)
-            if len(self.cache) * sum(t.nbytes for t in new.values()) >= CACHE_BYTES:
-                self.cache.pop(next(iter(self.cache)))
-            self.cache[prompt] = new
-        return self.cache[prompt]
+    def features(self, prompts: list[str]) -> list[dict[str, Tensor]]:
+        """Of each prompt: context (1, S, D), for SDXL also pooled (1, 1280)."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
+        alone = self.models[0].device.type == "cpu" or not new
+        for batch in [[prompt] for prompt in new] if alone else [new]:
+            self.cache.update(zip(batch, self._encode(batch), strict=True))
+        features = [self.cache[prompt] for prompt in prompts]
+        kept = max(1, CACHE_BYTES // sum(t.nbytes for t in features[0].values()))
+        for prompt in list(self.cache)[:-kept]:
+            del self.cache[prompt]
+        return features
 
     @torch.no_grad()
-    def _encode(self, prompt: str) -> dict[str, Tensor]:
+    def _encode(self, prompts: list[str]) -> list[dict[str, Tensor]]:
         outputs = []
         for model, tokenizer in zip(self.models, self.tokenizers, strict=True):
             length = model.config.max_position_embeddings
-            tokens = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             with torch.autocast(model.device.type, enabled=False):  # the same inside and outside of autocast
-                outputs.append(model(tokens.input_ids.to(model.device), output_hidden_states=True))
+                outputs.append(model(send(tokens.input_ids, model.device), output_hidden_states=True))
         if len(outputs) == 1:
-            return {"context": outputs[0].last_hidden_state}
-        context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return {"context": context, "pooled": outputs[1].text_embeds}
+            states = {"context": outputs[0].last_hidden_state}
+        else:
+            context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+            states = {"context": context, "pooled": outputs[1].text_embeds}
+        return [{key: t[i : i + 1].clone() for key, t in states.items()} for i in range(len(prompts))]

@@ -110,6 +110,7 @@ from imagerefl import imagerefl_loss, is_refl_update  # noqa: E402
 from refl import refl_loss  # noqa: E402
 from rollout import Rollout  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
+from transfer import send  # noqa: E402
 from unet import UNet, UNetConfig, initialise  # noqa: E402
 
 SCHEDULER = Scheduler(40, eta=1.0)
@@ -273,12 +274,12 @@ def next_batch(args, m, stream: Stream, cache, generator) -> tuple:
     if cache:
         moments, captions = cache
         rows = stream.indices(args.batch_size)
-        return m.vae.draw(*moments[rows].to(args.device).float().unbind(1), generator), [captions[i] for i in rows]
+        return m.vae.draw(*send(moments[rows], args.device).float().unbind(1), generator), [captions[i] for i in rows]
     images, captions = stream.batch(args.batch_size)
     if args.method == "refl":
         return None, captions
     with torch.no_grad():
-        return m.vae.sample(images.to(args.device), generator), captions
+        return m.vae.sample(send(images, args.device), generator), captions
 
 
 def loss_of(args, m, x0, prompts: list[str], update: int, generator) -> tuple[torch.Tensor, dict]:
@@ -379,7 +380,8 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
         progress |= state.load_newest(Path(args.resume) / "states", modules, optimizer)
         if isinstance(m.net, Rollout):
             m.net.refresh()
-    stream = Stream(data, args.seed)
+    ahead = distributed.COUNT if args.device != "cpu" else 0  # a CPU has its hands full
+    stream = Stream(data, args.seed, ahead=ahead)
     cache = encode_all(args, m.vae, data) if args.cache_latents else None
     about = {}
     if FIRST:

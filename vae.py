@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from transfer import send
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -220,8 +222,7 @@ class VAE(nn.Module):
 
     def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents in float32, drawn from a posterior as `encode` gives it."""
-        noise = torch.randn(mean.shape, generator=generator)
-        noise = (noise.pin_memory() if mean.is_cuda else noise).to(mean.device, non_blocking=True)
+        noise = send(torch.randn(mean.shape, generator=generator), mean.device)
         return (mean.float() + (0.5 * logvar.float()).exp() * noise) * self.config.scale
 
     def sample(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -128,12 +128,21 @@ def test_a_prompts_features_do_not_depend_on_its_company(sdxl):
     assert all(torch.equal(alone[key][0], together[key][1]) for key in alone)
 
 
+def test_prompts_encoded_at_once_get_what_each_gets_alone(sdxl):
+    """As on a GPU, but for rounding."""
+    prompts = ["", "a cat", "a long and winding road"]
+    for prompt, together in zip(prompts, sdxl._encode(prompts), strict=True):
+        (alone,) = sdxl.features([prompt])
+        assert together.keys() == alone.keys() == {"context", "pooled"}
+        assert all((together[key] - alone[key]).abs().max() <= 1e-5 for key in alone)
+
+
 def test_kept_features_stay_within_their_bytes_and_are_given_again(sd15, monkeypatch):
-    first = sd15.features("a cat")["context"]
-    assert sd15.features("a cat")["context"] is first
-    monkeypatch.setattr(text, "CACHE_BYTES", 3 * first.nbytes)
+    (first,) = sd15.features(["a cat"])
+    assert sd15.features(["a cat"])[0] is first
+    monkeypatch.setattr(text, "CACHE_BYTES", 3 * first["context"].nbytes)
     for i in range(5):
-        sd15.features(f"a cat and {i} dogs")
+        sd15.features([f"a cat and {i} dogs"])
     assert len(sd15.cache) == 3
 
 
