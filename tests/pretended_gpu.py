@@ -1,0 +1,214 @@
+"""A GPU that is not there: tensors on the CPU that say they are on cuda:0, to test without a GPU what runs on one.
+
+    python tests/pretended_gpu.py train.py --base tiny --steps 4
+
+runs a command as on a GPU. Each operation is computed on the CPU; one that takes tensors of both devices, or draws
+there from a generator of the CPU, fails as it would on a GPU. At the end it tells of what types products and norms
+were, and where the host waited for the device; `--report FILE` before the command writes this as JSON. Kernels, time,
+memory, `torch.compile` and several GPUs are not pretended. It needs g++ and a CPU build of torch.
+"""
+
+import collections
+import ctypes
+import importlib.util
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Autograd asks a device for its guard and its streams. A CPU build of torch has none for CUDA, and says there is no
+# accelerator. These do nothing, and must be there before torch is.
+GUARD = r"""
+#include <ATen/DeviceAccelerator.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using namespace c10;
+struct Guard final : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  DeviceIndex deviceCount() const noexcept override { return 1; }
+  Device getDevice() const override { return {DeviceType::CUDA, 0}; }
+  Device exchangeDevice(Device) const override { return getDevice(); }
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, getDevice()); }
+  Stream exchangeStream(Stream) const noexcept override { return getStream(getDevice()); }
+  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+namespace at {
+struct CUDAHooks final : CUDAHooksInterface {
+  CUDAHooks(CUDAHooksArgs) {}
+  bool hasPrimaryContext(DeviceIndex) const override { return false; }
+};
+REGISTER_CUDA_HOOKS(CUDAHooks)
+}  // namespace at
+std::optional<DeviceType> at::accelerator::getAccelerator(bool) { return DeviceType::CUDA; }
+"""
+
+
+def load_guard() -> None:
+    home = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+        source.write_text(GUARD)
+        include = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
+        link = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home / 'lib'}"]
+        subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", *include, source, "-o", library, *link], check=True)
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+load_guard()
+
+import torch  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+WATCHED = ("convolution", "mm", "bmm", "addmm", "native_group_norm", "native_layer_norm")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")  # take indices from either device
+WHOLE = ("cat", "stack", "mm", "bmm", "addmm", "convolution", "embedding")  # take no number from the CPU either
+
+types = collections.Counter()  # (operation, dtype) -> calls
+waits = collections.Counter()  # (operation, file:line of the project) -> calls
+
+
+class Gpu(torch.Tensor):
+    """A tensor on cuda:0 whose values are in `inner`, on the CPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor):
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        gpu = torch.Tensor._make_wrapper_subclass(cls, inner.shape, device=torch.device("cuda", 0), **layout)
+        gpu.inner = inner
+        return gpu
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        return compute(op, args, kwargs or {})
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            copied = Gpu(self.inner.clone())
+            isparameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if isparameter else copied
+        return memo[id(self)]
+
+    def __repr__(self):
+        return f"Gpu({self.inner})"
+
+    def tolist(self):
+        waits["tolist", line()] += 1
+        return self.inner.tolist()
+
+
+def on_gpu(device) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def line() -> str:
+    """The line of the project that is being run."""
+    frame = sys._getframe(1)
+    while frame:
+        path = Path(frame.f_code.co_filename)
+        if path.parent == ROOT:
+            return f"{path.name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+def compute(op, args, kwargs):
+    """An operation that has to do with the GPU, on the CPU. Raises RuntimeError where a GPU would."""
+    name, device = op._schema.name.split("::")[1], kwargs.get("device")
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    gpu, cpu = [t for t in tensors if isinstance(t, Gpu)], [t for t in tensors if t.device.type == "cpu"]
+    result_on_gpu = on_gpu(device) if device is not None else bool(gpu)
+    if (generator := kwargs.get("generator")) and generator.device.type != ("cuda" if result_on_gpu else "cpu"):
+        raise RuntimeError(f"{name}: the generator is on another device than the result, in {line()}")
+    if gpu and name in INDEXING:
+        if not isinstance(args[0], Gpu):
+            raise RuntimeError(f"{name}: a tensor on the CPU is indexed by one on the GPU, in {line()}")
+    elif gpu and cpu and name not in ("copy_", "_to_copy") and any(t.ndim or name in WHOLE for t in cpu):
+        raise RuntimeError(f"{name}: tensors on the CPU and on the GPU, in {line()}")
+    if gpu and (name in WAITS or (name == "_to_copy" and not result_on_gpu)):
+        waits[name, line()] += 1
+    if cpu and (result_on_gpu and name == "_to_copy" or gpu and name == "copy_") and not kwargs.get("non_blocking"):
+        waits["to the GPU", line()] += 1
+    if gpu and name in WATCHED:
+        types[name, str(gpu[0].dtype).removeprefix("torch.")] += 1
+
+    if device is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Gpu) else x, (args, kwargs))
+    out = op(*args, **kwargs)
+    if not result_on_gpu:
+        return out
+    known = {id(t.inner): t for t in gpu}  # what is written in place stays the tensor that it is
+
+    def dressed(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return known[id(x)] if id(x) in known else Gpu(x)
+
+    return tree_map(dressed, out)
+
+
+class Operations(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if on_gpu(kwargs.get("device")) or any(isinstance(t, Gpu) for t in tree_leaves((args, kwargs))):
+            return compute(op, args, kwargs)
+        return op(*args, **kwargs)
+
+
+class Made(TorchFunctionMode):
+    """`torch.tensor(..., device="cuda")`, which is no operation."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor) and on_gpu(kwargs.get("device")):
+            return function(*args, **{k: v for k, v in kwargs.items() if k != "device"}).to("cuda")
+        return function(*args, **kwargs)
+
+
+def pretend() -> None:
+    """What else says that a GPU is there."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to` makes new parameters
+    torch.Tensor.pin_memory = lambda t: t
+    said = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "a pretended GPU"}
+    said |= dict.fromkeys(("set_device", "synchronize", "reset_peak_memory_stats", "empty_cache", "_lazy_init"))
+    said |= {"max_memory_allocated": 10**9, "memory_allocated": 10**9, "is_bf16_supported": True}
+    for name, answer in said.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+
+
+def main(argv: list[str]) -> None:
+    report = None
+    if argv[0] == "--report":
+        _, report, *argv = argv
+    sys.argv, sys.path[0] = argv, str(ROOT)
+    pretend()
+    import plan
+
+    plan.matrix_rate = lambda device: math.inf  # nothing is measured here
+    try:
+        with Operations(), Made():
+            runpy.run_path(os.path.join(ROOT, argv[0]), run_name="__main__")
+    finally:
+        rows = {"types": types, "waits": waits}
+        rows = {kind: [[*key, count] for key, count in sorted(found.items())] for kind, found in rows.items()}
+        if report:
+            Path(report).write_text(json.dumps(rows))
+        else:
+            for kind, found in rows.items():
+                print(kind, *(f"  {' '.join(map(str, row))}" for row in found), sep="\n", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

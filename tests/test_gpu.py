@@ -1,0 +1,95 @@
+"""What runs on a GPU, on one that is pretended: see pretended_gpu.py for what that shows, and what it cannot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+PRETENDED = ROOT / "tests" / "pretended_gpu.py"
+PASS = "refl imagerefl diffusion scheduler unet vae text reward_models rollout combined transfer".split()
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command) -> None:
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def flags(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    return ["--base", "tiny", "--batch-size", 2, "--sample-every", 0, "--prompts", tmp_path / "prompts.txt"]
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_on_a_gpu_is_the_one_on_the_cpu(tmp_path, flags):
+    """Three updates of ImageReFL and one of ReFL in float32, the table after them, and pictures of the result."""
+    flags += ["--method", "imagerefl", "--steps", 4, "--dtype", "float32"]
+    run("train.py", *flags, "--output-dir", tmp_path / "cpu")
+    run(PRETENDED, "train.py", *flags, "--output-dir", tmp_path / "gpu")
+    cpu, gpu = log_of(tmp_path / "cpu"), log_of(tmp_path / "gpu")
+    assert [line["kind"] for line in gpu] == ["imagerefl"] * 3 + ["refl"]
+    for ours, theirs in zip(gpu, cpu, strict=True):
+        for key in {"reward", "diffusion", "grad_norm"} & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+    cpu, gpu = (json.loads((tmp_path / side / "run.json").read_text())["table"] for side in ("cpu", "gpu"))
+    assert cpu.keys() == gpu.keys() == {"base", "tuned", "--switch 30"}
+    for name, row in gpu.items():
+        for measure, values in row.items():
+            assert values == pytest.approx(cpu[name][measure], abs=1e-4)
+
+    draw = ["sample.py", "--checkpoint", tmp_path / "cpu", "--switch", 30, "--prompt", "a cat", "--dtype", "float32"]
+    run(*draw, "--output-dir", tmp_path / "drawn")
+    run(PRETENDED, *draw, "--output-dir", tmp_path / "drawn-gpu")
+    pictures = [np.asarray(Image.open(tmp_path / side / "grid.png")).astype(int) for side in ("drawn", "drawn-gpu")]
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize("method", ("imagerefl", "diffusion"))
+def test_a_pass_in_bf16_never_waits_for_the_gpu(tmp_path, flags, method):
+    flags += ["--method", method, "--steps", 4]
+    flags += ["--lora", 4, "--checkpointing"] if method == "imagerefl" else ["--ema", 0.9, "--snr-gamma", 5]
+    run(PRETENDED, "--report", tmp_path / "report", "train.py", *flags, "--output-dir", tmp_path / "run")
+    report = json.loads((tmp_path / "report").read_text())
+    waits = [(operation, line.split(".py:")[0]) for operation, line, _ in report["waits"]]
+    assert ("_local_scalar_dense", "train") in waits  # at the end of an update: this is where they would be seen
+    assert not [wait for wait in waits if wait[1] in PASS or wait == ("to the GPU", "train")]
+    calls = {(operation, dtype): count for operation, dtype, count in report["types"]}
+    for operation in ("convolution", "addmm"):
+        assert calls[operation, "bfloat16"] > 20 * calls.get((operation, "float32"), 0)
+
+
+def test_what_would_fail_on_a_gpu_fails_here(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        """
+import torch
+gpu, cpu = torch.ones(2, 2, device="cuda"), torch.ones(2, 2)
+assert gpu.device.type == "cuda" and (gpu + 1).cpu().tolist() == [[2, 2], [2, 2]] and gpu[torch.tensor([0])].is_cuda
+weight = torch.nn.Linear(2, 2).to("cuda").weight
+(gpu @ weight).sum().backward()
+assert weight.grad.is_cuda and weight.grad.cpu().tolist() == [[2, 2], [2, 2]]
+for wrong in (
+    lambda: gpu + cpu,
+    lambda: gpu @ cpu,
+    lambda: cpu[gpu.long()],
+    lambda: torch.cat([gpu, cpu]),
+    lambda: torch.randn(2, device="cuda", generator=torch.Generator()),
+):
+    try:
+        wrong()
+    except RuntimeError:
+        continue
+    raise SystemExit(3)
+"""
+    )
+    run(PRETENDED, wrong)
