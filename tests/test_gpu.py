@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 PRETENDED = ROOT / "tests" / "pretended_gpu.py"
@@ -63,6 +65,11 @@ def test_a_pass_in_bf16_never_waits_for_the_gpu(tmp_path, flags, method):
     waits = [(operation, line.split(".py:")[0]) for operation, line, _ in report["waits"]]
     assert ("_local_scalar_dense", "train") in waits  # at the end of an update: this is where they would be seen
     assert not [wait for wait in waits if wait[1] in PASS or wait == ("to the GPU", "train")]
+    if method == "imagerefl":
+        adapters = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+        assert {t.dtype for t in adapters.values()} == {torch.float32}  # beside frozen weights in bf16
+        assert any(t.any() for key, t in adapters.items() if "lora_B" in key)  # which began as zero
+    assert all(line["grad_norm"] > 0 for line in log_of(tmp_path / "run"))
     calls = {(operation, dtype): count for operation, dtype, count in report["types"]}
     for operation in ("convolution", "addmm"):
         assert calls[operation, "bfloat16"] > 20 * calls.get((operation, "float32"), 0)

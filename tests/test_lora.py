@@ -21,7 +21,7 @@ from scheduler import Scheduler
 from unet import UNet, UNetConfig
 
 ROOT = Path(__file__).parent.parent
-MINIS = pytest.mark.parametrize("name", ["unet_sd15_mini", "unet_sdxl_mini"])
+MINIS = pytest.mark.parametrize("name", ["unet_sd15_mini", pytest.param("unet_sdxl_mini", marks=pytest.mark.slow)])
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"  # 48 -> 64 numbers in SD1.5, 80 -> 64 in SDXL
 
 

@@ -81,6 +81,7 @@ def test_a_bf16_copy_errs_no_more_than_autocast(unet):
     assert 0 < ours < 1.5 * usual + 1e-3
 
 
+@pytest.mark.slow
 def test_beside_adapters_the_frozen_weights_are_their_own_copy(unet, vae):
     """The gradient of adapters on a UNet that is held in bf16 errs as much as on one in float32 with its copy."""
 
@@ -104,7 +105,7 @@ def test_beside_adapters_the_frozen_weights_are_their_own_copy(unet, vae):
     assert 0 < errors[torch.bfloat16] < 1.3 * errors[torch.float32] < 0.4
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatch):
     """Packed, and as on a GPU: each update begins with a copy of the weights that the last one left."""
     seen = []
@@ -142,7 +143,7 @@ x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="
 
 
 @x86
-@pytest.mark.parametrize("name", ["unet_sd15_mini", "unet_sdxl_mini", "vae"])
+@pytest.mark.parametrize("name", ["unet_sd15_mini", pytest.param("unet_sdxl_mini", marks=pytest.mark.slow), "vae"])
 def test_packed_layers_compute_what_they_did(name, vae):
     """In float32 to its rounding, also for other sizes than they were packed for; in bf16 as exactly as autocast."""
     if name == "vae":
@@ -317,6 +318,7 @@ def test_tensors_without_data_need_the_memory_of_real_ones():
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
 
 
+@pytest.mark.slow
 def test_memory_of_adapters_is_that_of_a_bf16_unet_and_of_what_an_image_needs():
     """Nothing but the pass counts: not what stood in memory while the networks were made."""
     config = replace(CONFIG, channels=(128, 128))

@@ -102,22 +102,6 @@ def test_lora_trains_adapters_alone(tmp_path, one_prompt, painted):
         assert not torch.equal(tuned(x, 1, context), original)
 
 
-def test_adapters_beside_frozen_bf16_weights_train_as_on_a_gpu(tmp_path, one_prompt, painted, monkeypatch):
-    folder, load, made = tmp_path / "run", train.load_models, []
-    monkeypatch.setattr(train.cli, "stored", lambda args: torch.bfloat16)
-    monkeypatch.setattr(train, "load_models", lambda *args: made.append(load(*args)) or made[0])
-    flags = ["--method", "refl", "--lora", "2", "--steps", "1", "--batch-size", "2", "--sample-every", "0"]
-    flags += ["--dtype", "bfloat16", "--prompts", one_prompt, "--output-dir", str(folder)]
-    train.main(train.parse_args(flags))
-    (m,) = made
-    assert m.net.copy is m.unet  # no second UNet in memory
-    assert {p.dtype for p in m.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
-    saved = load_file(folder / "pytorch_lora_weights.safetensors")
-    assert {t.dtype for t in saved.values()} == {torch.float32}
-    assert any(t.any() for key, t in saved.items() if "lora_B" in key)  # which began as zero
-    assert log_of(folder)[0]["grad_norm"] > 0
-
-
 def test_accumulation_averages_over_the_passes(tmp_path):
     flags = ["--method", "diffusion", "--steps", "1", "--accumulate", "3"]
     run(*flags, "--output-dir", str(tmp_path / "run"))

@@ -52,6 +52,7 @@ for base in MINI.values():
     base["vae"] = golden_config("vae_mini")
 KINDS = ("UNet2DConditionModel", "AutoencoderKL")
 BOTH = pytest.mark.parametrize("base", MINI)
+BOTH_SLOWLY = pytest.mark.parametrize("base", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -238,7 +239,7 @@ def test_open_clip_text_encoder_gives_open_clips_features(tmp_path):
 # A -> B -> A
 
 
-@BOTH
+@BOTH_SLOWLY
 def test_folder_to_single_file_to_folder_is_equal(base, tmp_path):
     a, b = write_pipeline(tmp_path / "a", base), tmp_path / "b.safetensors"
     weights.save_unet(weights.load_unet(a), b, "single-file", base=a)
@@ -251,7 +252,7 @@ def test_folder_to_single_file_to_folder_is_equal(base, tmp_path):
     assert same(weights.load_unet(a).state_dict(), weights.load_unet(tmp_path / "c").state_dict())
 
 
-@BOTH
+@BOTH_SLOWLY
 def test_single_file_to_folder_to_single_file_is_equal(base, tmp_path):
     pipeline, a = write_pipeline(tmp_path / "pipeline", base), tmp_path / "a.safetensors"
     weights.save_unet(weights.load_unet(pipeline), a, "single-file", base=pipeline)
@@ -345,7 +346,7 @@ def test_shards_are_read_and_a_missing_one_is_named(tmp_path):
         weights.load_unet(pipeline)
 
 
-@pytest.mark.parametrize("ending", [".fp16.safetensors", ".bin"])
+@pytest.mark.parametrize("ending", [".fp16.safetensors", pytest.param(".bin", marks=pytest.mark.slow)])
 def test_half_precision_variants_and_pickled_components_are_read(ending, tmp_path):
     pipeline = write_pipeline(tmp_path, "sd15")
     expected = {key: t.half() for key, t in weights.load_unet(pipeline).state_dict().items()}
