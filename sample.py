@@ -90,6 +90,17 @@ def choose(args) -> dict:
     return known
 
 
+def ticking(unet, bar: tqdm):
+    """The UNet, and a tick of the bar after each pass through it."""
+
+    def call(*args, **kwargs):
+        eps = unet(*args, **kwargs)
+        bar.update()
+        return eps
+
+    return call
+
+
 def main(args) -> None:
     known = choose(args)
     config = weights.read_config(args.base, "unet")
@@ -131,7 +142,10 @@ def main(args) -> None:
     jobs = [(p, args.seed + k) for p in prompts for k in range(args.images_per_prompt)]
     n, together = args.images_per_prompt, TOGETHER * batch
     shown = []  # in the grid
-    for at in tqdm(range(0, len(jobs), together), desc="sampling", unit=f"{together} images"):
+    calls = -(-len(jobs) // batch) * sum((w < 1) + (w > 0) for w in mixture)
+    bar = tqdm(total=calls, desc="sampling", unit="pass")
+    base, tuned = ticking(base, bar), ticking(tuned, bar)
+    for at in range(0, len(jobs), together):
         asked, seeds = zip(*jobs[at : at + together], strict=True)
         with cli.sampling(args):
             images = generate(
@@ -141,6 +155,7 @@ def main(args) -> None:
         for i, (prompt, seed, picture) in enumerate(zip(asked, seeds, pictures, strict=True), at):
             save_png(picture, output / f"{i // n:05d}-{seed}.png", parameters_line(prompt, seed, args, size))
         shown = (shown + pictures)[: GRID * n]
+    bar.close()
     rows = [shown[i : i + n] for i in range(0, len(shown), n)]
     heads = [f"seed {args.seed + k}" for k in range(n)]
     save_png(grid(rows, prompts[:GRID], heads, cell=min(256, max(128, resolution))), output / "grid.png")

@@ -73,6 +73,15 @@ def test_what_is_drawn_is_written_before_the_next_is_begun(tmp_path, run, base_u
     assert Image.open(tmp_path / "grid.png").height < 2 * 128  # the first prompt alone
 
 
+@pytest.mark.parametrize("flags, passes", [(["--switch", "2"], 2 * 4), (["--aig", "1"], 2 * (1 + 3 * 2))])
+def test_progress_is_told_after_each_pass(flags, passes, tmp_path, run, base_unet, capsys):
+    """Two batches, four steps; AIG asks both models in all but the first."""
+    images = ["--prompt", "octopus", "--images-per-prompt", "3", "--batch-size", "2"]
+    run("--checkpoint", base_unet, *images, *flags, "--output-dir", str(tmp_path))
+    told = capsys.readouterr().err
+    assert f"| 0/{passes} [" in told and f"| {passes}/{passes} [" in told
+
+
 def test_networks_in_bf16_as_on_a_gpu_sample_without_autocast(tmp_path, run, base_unet, monkeypatch):
     """Their pictures differ from those of float32 by rounding alone."""
     generate = sample.generate
