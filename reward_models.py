@@ -219,8 +219,11 @@ class ImageReward(nn.Module):
 
     def forward(self, pixels, ids, mask):
         image = run_tower(self.vision_model, pixels, self.dtype).last_hidden_state.float()  # (B, L, Wv)
+        # As it is added to the scores, (B, 1, 1, S): of the mask itself transformers asks whether it hides anything,
+        # and the host would wait for a GPU's answer.
+        hidden = (1 - mask[:, None, None].float()) * torch.finfo(torch.float32).min
         # Configured with is_decoder, to own cross-attention, but called without, or the text would be causal.
-        text = self.text_model(ids, mask, encoder_hidden_states=image, is_decoder=False)
+        text = self.text_model(ids, hidden, encoder_hidden_states=image, is_decoder=False)
         return self.mlp["layers"](text.last_hidden_state[:, 0]).squeeze(-1)  # (B, S, Wt) -> (B,)
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_rewards import NAMES, folders  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 PRETENDED = ROOT / "tests" / "pretended_gpu.py"
-PASS = "refl imagerefl diffusion scheduler unet vae text reward_models rollout combined transfer".split()
+PASS = "refl imagerefl diffusion scheduler unet vae text reward_models mps rollout combined transfer".split()
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +74,29 @@ def test_a_pass_in_bf16_never_waits_for_the_gpu(tmp_path, flags, method):
     calls = {(operation, dtype): count for operation, dtype, count in report["types"]}
     for operation in ("convolution", "addmm"):
         assert calls[operation, "bfloat16"] > 20 * calls.get((operation, "float32"), 0)
+
+
+def test_rewards_are_those_of_the_cpu_and_wait_for_nothing(folders, tmp_path):  # noqa: F811
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import torch
+import rewards
+for folder in {[str(folders[name]) for name in NAMES]}:
+    name, results = folder.rsplit("/", 1)[1], []
+    for device in ("cpu", "cuda"):
+        images = (torch.arange(2 * 3 * 40 * 40).reshape(2, 3, 40, 40) % 7 / 7 - 0.5).to(device).requires_grad_()
+        scores = rewards.load(name, folder, device)(images, ["red fox", "a"])
+        scores.sum().backward()
+        assert scores.device.type == images.grad.device.type == device
+        results.append((scores.detach().cpu(), images.grad.cpu()))
+    for cpu, gpu in zip(*results):
+        assert cpu.norm() > 0 and (gpu - cpu).norm() <= 1e-5 * cpu.norm(), name
+"""
+    )
+    run(PRETENDED, "--report", tmp_path / "report", script)
+    waits = json.loads((tmp_path / "report").read_text())["waits"]
+    assert not [line for _, line, _ in waits if line.split(".py:")[0] in PASS]
 
 
 def test_what_would_fail_on_a_gpu_fails_here(tmp_path):
