@@ -242,7 +242,7 @@ class Stream:
     A picture that does not decode is named once and counted in `left_out`; the one after it takes its place, so that
     what stands at a position never depends on what was read before.
 
-    `ahead`: with N, other threads read the batch that begins N batches further on, while this one goes on.
+    `ahead`: where N processes share the batches, N, to have threads read the next one of this process meanwhile.
     """
 
     def __init__(self, data, seed: int, position: int = 0, ahead: int = 0):
@@ -259,19 +259,17 @@ class Stream:
         start, self.position = self.position, self.position + count
         return [self.index(n) for n in range(start, self.position)]
 
-    def read(self, n: int) -> tuple[Tensor, str]:
-        """The picture at position n and its caption. Raises ValueError when no image at all decodes."""
-        while True:
+    def read(self, n: int) -> tuple[Tensor, str, set[int]]:
+        """The picture at position n, its caption, and what did not decode. Raises ValueError when no image does."""
+        bad = set()
+        while len(bad) < len(self.data):
             i = self.index(n)
             try:
-                return self.data[i]
+                return *self.data[i], bad
             except OSError:
-                if i not in self.left_out:
-                    self.left_out.add(i)
-                    print(f"left out, does not decode: {self.data.rows[i][0]}", file=sys.stderr)
-                if len(self.left_out) == len(self.data):
-                    raise ValueError(f"none of the {len(self.data)} images decodes") from None
+                bad.add(i)
             n += 1
+        raise ValueError(f"none of the {len(self.data)} images decodes")
 
     def batch(self, count: int) -> tuple[Tensor, list[str]]:
         """The next images (count, 3, H, W) and their captions."""
@@ -280,5 +278,12 @@ class Stream:
         if self.ahead:
             later = range(start + self.ahead * count, self.position + self.ahead * count)
             self.coming = {n: self.readers.submit(self.read, n) for n in later}
-        images, captions = zip(*rows, strict=True)
+        images, captions, bad = zip(*rows, strict=True)
+        for i in sorted(set().union(*bad) - self.left_out):
+            self.left_out.add(i)
+            print(f"left out, does not decode: {self.data.rows[i][0]}", file=sys.stderr)
         return torch.stack(images), list(captions)
+
+    def close(self) -> None:
+        """Leave off reading ahead."""
+        self.readers.shutdown(wait=False, cancel_futures=True)

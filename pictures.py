@@ -31,7 +31,8 @@ def read(path: str | Path) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture -> (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    pixels = np.array(image.convert("RGB"), dtype=np.float32) / 127.5 - 1  # torch would take threads of its own
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:

@@ -142,20 +142,19 @@ def main(args) -> None:
     jobs = [(p, args.seed + k) for p in prompts for k in range(args.images_per_prompt)]
     n, together = args.images_per_prompt, TOGETHER * batch
     shown = []  # in the grid
-    calls = -(-len(jobs) // batch) * sum((w < 1) + (w > 0) for w in mixture)
-    bar = tqdm(total=calls, desc="sampling", unit="pass")
-    base, tuned = ticking(base, bar), ticking(tuned, bar)
-    for at in range(0, len(jobs), together):
-        asked, seeds = zip(*jobs[at : at + together], strict=True)
-        with cli.sampling(args):
-            images = generate(
-                base, tuned, vae, text, scheduler, mixture, list(asked), list(seeds), size, args.guidance, batch
-            )
-        pictures = to_pictures(images)
-        for i, (prompt, seed, picture) in enumerate(zip(asked, seeds, pictures, strict=True), at):
-            save_png(picture, output / f"{i // n:05d}-{seed}.png", parameters_line(prompt, seed, args, size))
-        shown = (shown + pictures)[: GRID * n]
-    bar.close()
+    passes = -(-len(jobs) // batch) * sum((w < 1) + (w > 0) for w in mixture)
+    with tqdm(total=passes, desc="sampling", unit="pass") as bar:
+        base, tuned = ticking(base, bar), ticking(tuned, bar)
+        for at in range(0, len(jobs), together):
+            asked, seeds = zip(*jobs[at : at + together], strict=True)
+            with cli.sampling(args):
+                images = generate(
+                    base, tuned, vae, text, scheduler, mixture, list(asked), list(seeds), size, args.guidance, batch
+                )
+            pictures = to_pictures(images)
+            for i, (prompt, seed, picture) in enumerate(zip(asked, seeds, pictures, strict=True), at):
+                save_png(picture, output / f"{i // n:05d}-{seed}.png", parameters_line(prompt, seed, args, size))
+            shown = (shown + pictures)[: GRID * n]
     rows = [shown[i : i + n] for i in range(0, len(shown), n)]
     heads = [f"seed {args.seed + k}" for k in range(n)]
     save_png(grid(rows, prompts[:GRID], heads, cell=min(256, max(128, resolution))), output / "grid.png")

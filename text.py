@@ -10,13 +10,14 @@ from torch import Tensor
 from transfer import send
 
 CACHE_BYTES = 2**29  # features of the latest prompts that are kept
+TOGETHER = 32  # prompts that a GPU encodes at once
 
 
 class TextEncoder:
     """Frozen text encoders and their tokenizers. `encoder(prompts, size)` gives the keyword arguments of the UNet.
 
     What a prompt gave is remembered. On a CPU it is encoded alone, so that its features never depend on its company; a
-    GPU, which one prompt leaves idle, takes all new ones at once.
+    GPU, which one prompt leaves idle, takes several at once.
     """
 
     def __init__(self, models: list, tokenizers: list):
@@ -45,15 +46,15 @@ class TextEncoder:
         conditioning = {key: send(torch.cat([f[key] for f in features]), self.device) for key in features[0]}
         if len(self.models) == 2:
             H, W = size
-            time_ids = torch.tensor([[H, W, 0, 0, H, W]], dtype=torch.float32)  # original size, crop, target size
-            conditioning["time_ids"] = send(time_ids.expand(len(prompts), -1), self.device)
+            time_ids = [[H, W, 0, 0, H, W]] * len(prompts)  # original size, crop offset, target size
+            conditioning["time_ids"] = send(torch.tensor(time_ids, dtype=torch.float32), self.device)
         return conditioning
 
     def features(self, prompts: list[str]) -> list[dict[str, Tensor]]:
         """Of each prompt: context (1, S, D), for SDXL also pooled (1, 1280)."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
-        alone = self.models[0].device.type == "cpu" or not new
-        for batch in [[prompt] for prompt in new] if alone else [new]:
+        together = 1 if self.models[0].device.type == "cpu" else TOGETHER
+        for batch in (new[at : at + together] for at in range(0, len(new), together)):
             self.cache.update(zip(batch, self._encode(batch), strict=True))
         features = [self.cache[prompt] for prompt in prompts]
         kept = max(1, CACHE_BYTES // sum(t.nbytes for t in features[0].values()))

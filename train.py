@@ -87,7 +87,7 @@ import copy  # noqa: E402
 import math  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
+from contextlib import closing, nullcontext  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
@@ -390,7 +390,7 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
     first, saved = progress["update"], time.time()
     left = range(first, args.steps)
     bar = tqdm(left, args.method, args.steps, initial=first, unit="update", disable=not FIRST)
-    with cli.stopping() as signals:
+    with cli.stopping() as signals, closing(stream):
         for update in bar:
             began = time.time()
             if args.device != "cpu":

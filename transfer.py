@@ -7,5 +7,5 @@ from torch import Tensor
 def send(t: Tensor, device: str | torch.device) -> Tensor:
     """`t` on `device`. From the CPU to a GPU the copy is queued, before all that is computed with it."""
     if t.device.type == "cpu" and torch.device(device).type == "cuda":
-        return t.pin_memory().to(device, non_blocking=True)  # the host would wait for a copy from other memory
+        return t.contiguous().pin_memory().to(device, non_blocking=True)  # from other memory the host would wait
     return t.to(device)

@@ -69,12 +69,12 @@ from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 WATCHED = ("convolution", "mm", "bmm", "addmm", "native_group_norm", "native_layer_norm")
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")  # need a value, or a number of them
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")  # take indices from either device
 WHOLE = ("cat", "stack", "mm", "bmm", "addmm", "convolution", "embedding")  # take no number from the CPU either
 
 types = collections.Counter()  # (operation, dtype) -> calls
-waits = collections.Counter()  # (operation, file:line of the project) -> calls
+waits = collections.Counter()  # (operation, file, function of the project, line) -> calls
 
 
 class Gpu(torch.Tensor):
@@ -104,7 +104,7 @@ class Gpu(torch.Tensor):
         return f"Gpu({self.inner})"
 
     def tolist(self):
-        waits["tolist", line()] += 1
+        waits["tolist", *place()] += 1
         return self.inner.tolist()
 
 
@@ -112,15 +112,22 @@ def on_gpu(device) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
-def line() -> str:
-    """The line of the project that is being run."""
+def place() -> tuple[str, str, int]:
+    """File, function and line of the project that is being run."""
     frame = sys._getframe(1)
     while frame:
-        path = Path(frame.f_code.co_filename)
-        if path.parent == ROOT:
-            return f"{path.name}:{frame.f_lineno}"
+        path, function = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if path.parent == ROOT and function[0] != "<":
+            return path.name, function, frame.f_lineno
         frame = frame.f_back
-    return "elsewhere"
+    return "elsewhere", "", 0
+
+
+def pinned(t: torch.Tensor) -> torch.Tensor:
+    """`t` in memory that a GPU reads by itself. As there, its elements may not share their places."""
+    copied = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
+    copied.is_pinned_here = True
+    return copied
 
 
 def compute(op, args, kwargs):
@@ -128,18 +135,22 @@ def compute(op, args, kwargs):
     name, device = op._schema.name.split("::")[1], kwargs.get("device")
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     gpu, cpu = [t for t in tensors if isinstance(t, Gpu)], [t for t in tensors if t.device.type == "cpu"]
-    result_on_gpu = on_gpu(device) if device is not None else bool(gpu)
+    result_on_gpu = isinstance(args[0], Gpu) if name == "copy_" else on_gpu(device) if device is not None else bool(gpu)
     if (generator := kwargs.get("generator")) and generator.device.type != ("cuda" if result_on_gpu else "cpu"):
-        raise RuntimeError(f"{name}: the generator is on another device than the result, in {line()}")
+        raise RuntimeError(f"{name}: the generator is on another device than the result, in {place()}")
     if gpu and name in INDEXING:
         if not isinstance(args[0], Gpu):
-            raise RuntimeError(f"{name}: a tensor on the CPU is indexed by one on the GPU, in {line()}")
+            raise RuntimeError(f"{name}: a tensor on the CPU is indexed by one on the GPU, in {place()}")
     elif gpu and cpu and name not in ("copy_", "_to_copy") and any(t.ndim or name in WHOLE for t in cpu):
-        raise RuntimeError(f"{name}: tensors on the CPU and on the GPU, in {line()}")
-    if gpu and (name in WAITS or (name == "_to_copy" and not result_on_gpu)):
-        waits[name, line()] += 1
-    if cpu and (result_on_gpu and name == "_to_copy" or gpu and name == "copy_") and not kwargs.get("non_blocking"):
-        waits["to the GPU", line()] += 1
+        raise RuntimeError(f"{name}: tensors on the CPU and on the GPU, in {place()}")
+    if name in ("copy_", "_to_copy"):
+        queued = kwargs.get("non_blocking") and hasattr(cpu[-1] if cpu else None, "is_pinned_here")
+        if cpu and result_on_gpu and not queued:
+            waits["to the GPU", *place()] += 1
+        elif gpu and not result_on_gpu:
+            waits["to the CPU", *place()] += 1
+    elif gpu and (name in WAITS or name in INDEXING and any(t.dtype == torch.bool for t in tensors[1:])):
+        waits[name, *place()] += 1
     if gpu and name in WATCHED:
         types[name, str(gpu[0].dtype).removeprefix("torch.")] += 1
 
@@ -180,7 +191,7 @@ class Made(TorchFunctionMode):
 def pretend() -> None:
     """What else says that a GPU is there."""
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to` makes new parameters
-    torch.Tensor.pin_memory = lambda t: t
+    torch.Tensor.pin_memory = pinned
     said = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "a pretended GPU"}
     said |= dict.fromkeys(("set_device", "synchronize", "reset_peak_memory_stats", "empty_cache", "_lazy_init"))
     said |= {"max_memory_allocated": 10**9, "memory_allocated": 10**9, "is_bf16_supported": True}

@@ -146,7 +146,7 @@ def test_what_stands_at_a_position_does_not_depend_on_what_was_read_before(folde
 def test_what_is_read_ahead_is_what_would_be_read_then(folder, ahead):
     """`ahead` processes share the batches; the first one takes these."""
     (folder / "1.png").write_bytes(b"not a picture")
-    data, here = open_data(str(folder), 16), []
+    data, here, given = open_data(str(folder), 16), [], threading.Event()
 
     class Watched:
         rows = data.rows
@@ -156,18 +156,19 @@ def test_what_is_read_ahead_is_what_would_be_read_then(folder, ahead):
 
         def __getitem__(self, i):
             here.append(threading.current_thread() is threading.main_thread())
+            assert here[-1] or given.wait(10)  # a batch does not wait for the one after it
             return data[i]
 
-    stream, taken = Stream(Watched(), seed=0, ahead=ahead), []
+    stream = Stream(Watched(), seed=0, ahead=ahead)
     for n in range(6):
         stream.position = 2 * ahead * n
-        taken.append(stream.batch(2))
-    asked_here = sum(here)
-    for n, (images, captions) in enumerate(taken):
+        images, captions = stream.batch(2)
+        given.set()
         expected, its = Stream(data, seed=0, position=2 * ahead * n).batch(2)
         assert torch.equal(images, expected) and captions == its
-    assert asked_here <= 3  # the first batch, and perhaps the picture that takes a damaged one's place
+    assert sum(here) <= 3  # the first batch, and perhaps the picture that takes a damaged one's place
     assert len(stream.left_out) == 1
+    stream.close()
 
 
 def test_no_picture_at_all_is_an_error_and_not_an_endless_loop(folder):

@@ -196,8 +196,8 @@ def kill_and_go_on(mini, folder, flags: list[str], moments: list[float]) -> int:
     raise AssertionError("a resumed run does not end")
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_a_run_ends_in_the_same_weights(mini, tmp_path, fast, kills=50):
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_ends_in_the_same_weights(kills, mini, tmp_path, fast):
     flags = ["--method", "imagerefl", "--batch-size", "1", "--steps", "6", "--save-every", "1", "--lora", "2"]
     began = time.monotonic()
     assert wait(forked(begin, mini, tmp_path / "whole", *flags), 600) == 0

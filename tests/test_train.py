@@ -102,6 +102,16 @@ def test_lora_trains_adapters_alone(tmp_path, one_prompt, painted):
         assert not torch.equal(tuned(x, 1, context), original)
 
 
+def test_adapters_on_a_gpu_train_beside_frozen_bf16_weights_without_a_second_unet(monkeypatch):
+    monkeypatch.setattr(train.cli, "stored", lambda args: torch.bfloat16)
+    args, row = train.parse_args(["--method", "refl", "--lora", "2"]), TINY
+    train.resolve(args, row)
+    m = train.load_models(args, row, weights.read_config("tiny", "unet"))
+    assert m.net.copy is m.unet
+    assert {p.dtype for p in m.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in m.parameters} == {torch.float32}
+
+
 def test_accumulation_averages_over_the_passes(tmp_path):
     flags = ["--method", "diffusion", "--steps", "1", "--accumulate", "3"]
     run(*flags, "--output-dir", str(tmp_path / "run"))
