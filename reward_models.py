@@ -404,8 +404,7 @@ class Reward:
         if new:
             with torch.no_grad():
                 columns = self.network.encode_text(*(send(x, self.text_device or device) for x in self.ids(new)))
-                columns = [send(column, device) for column in columns]
-                rows = ([column[i].clone() for column in columns] for i in range(len(new)))
+                rows = ([send(column[i].clone(), device) for column in columns] for i in range(len(new)))
                 self.cache.update(zip(new, rows, strict=True))
         rows = [self.cache[prompt] for prompt in prompts]
         for prompt in list(self.cache)[: -self.kept]:
