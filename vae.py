@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from transfer import send
+from scheduler import randn
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class VAE(nn.Module):
 
     def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents in float32, drawn from a posterior as `encode` gives it."""
-        noise = send(torch.randn(mean.shape, generator=generator), mean.device)
+        noise = randn(mean.shape, generator, mean.device)
         return (mean.float() + (0.5 * logvar.float()).exp() * noise) * self.config.scale
 
     def sample(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
