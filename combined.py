@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from scheduler import Generators, Predictor, Scheduler, denoise, randn
+from scheduler import Generators, Predictor, Scheduler, batched, denoise, randn
 
 
 def switch_weights(steps: int, switch: int) -> list[float]:
@@ -35,7 +35,7 @@ def aig_weights(steps: int, power: float = 1.0) -> list[float]:
 
 def plain(unet, conditioning: dict[str, Tensor]) -> Predictor:
     """A predictor without guidance. Latents keep their precision, whatever that of the network."""
-    return lambda x_t, t: unet(x_t, t, **conditioning).to(x_t.dtype)
+    return lambda x_t, t: unet(x_t, batched(t, x_t), **conditioning).to(x_t.dtype)
 
 
 def guided(unet, conditioning: dict[str, Tensor], empty: dict[str, Tensor], guidance: float) -> Predictor:
@@ -45,7 +45,8 @@ def guided(unet, conditioning: dict[str, Tensor], empty: dict[str, Tensor], guid
     both = {key: torch.cat([empty[key], conditioning[key]]) for key in conditioning}
 
     def predict(x_t: Tensor, t: int) -> Tensor:
-        eps_empty, eps_text = unet(torch.cat([x_t, x_t]), t, **both).to(x_t.dtype).chunk(2)
+        twice = torch.cat([x_t, x_t])
+        eps_empty, eps_text = unet(twice, batched(t, twice), **both).to(x_t.dtype).chunk(2)
         return eps_empty + guidance * (eps_text - eps_empty)
 
     return predict

@@ -8,9 +8,9 @@ from scheduler import TRAIN_STEPS, Scheduler, randn
 from transfer import send
 
 
-def diffusion_loss(unet, x_t: Tensor, t: Tensor | int, eps: Tensor, conditioning: dict) -> Tensor:
-    """Mean squared error of the predicted noise in x_t (B, C, H, W), a value an image: (B,)."""
-    return F.mse_loss(unet(x_t, t, **conditioning).float(), eps.float(), reduction="none").mean((1, 2, 3))  # Eq. (1)
+def diffusion_loss(predicted: Tensor, eps: Tensor) -> Tensor:
+    """Mean squared error of the noise (B, C, H, W) that a UNet predicts in x_t, a value an image: (B,)."""
+    return F.mse_loss(predicted.float(), eps.float(), reduction="none").mean((1, 2, 3))  # Eq. (1)
 
 
 def pretraining_loss(
@@ -27,7 +27,7 @@ def pretraining_loss(
     """
     eps = randn(x0.shape, generator, x0.device)
     t = torch.randint(TRAIN_STEPS, (len(x0),), generator=generator)
-    loss = diffusion_loss(unet, scheduler.add_noise(x0, eps, t), send(t, x0.device), eps, conditioning)
+    loss = diffusion_loss(unet(scheduler.add_noise(x0, eps, t), send(t, x0.device), **conditioning), eps)
     log = {"diffusion": loss.detach().mean()}
     if snr_gamma:
         snr = send((scheduler.abar / (1 - scheduler.abar))[t].float(), loss.device)

@@ -41,10 +41,14 @@ def imagerefl_loss(
     t = scheduler.timesteps[start]
     eps = randn(x0.shape, generator, x0.device)
     x_start = scheduler.add_noise(x0, eps, t)
-    t_f = draw_step(start, scheduler, generator)
-    with torch.no_grad():
-        x_t = denoise(scheduler, plain(unet, conditioning), x_start, scheduler.steps[start:t_f], generator)
+    predicted = unet(x_start, t, **conditioning)
+    diffusion = diffusion_loss(predicted, eps).mean()
+
+    t_f, x_t = draw_step(start, scheduler, generator), x_start
+    if t_f > start:  # the first step on the way there needs the same prediction
+        with torch.no_grad():
+            x_t = scheduler.step(start, x_start, predicted.to(x_start.dtype), generator)
+            x_t = denoise(scheduler, plain(unet, conditioning), x_t, scheduler.steps[start + 1 : t_f], generator)
     loss, log = reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts, generator, shift)  # Eq. (4)
-    diffusion = diffusion_loss(unet, x_start, t, eps, conditioning).mean()
     loss = reward_scale * loss + diffusion_scale * diffusion  # Eq. (5)
     return loss, log | {"diffusion": diffusion.detach()}

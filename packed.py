@@ -14,39 +14,47 @@ import torch
 from torch import Tensor, nn
 
 from unet import Pointwise
+from upsample import Upsample, fold, folded
 
 NOTHING_FUSED = ("none", [], "")  # no activation after a layer
 LARGE = 8_000_000  # bytes of weights, after which memory is given back to the system
 
 
 class Packed(nn.Module):
-    """A linear layer or a convolution without gradients, packed when it is first called: in the type of that call, for
-    its sizes.
+    """A linear layer, a convolution or an Upsample without gradients, packed when it is first called: in the type of
+    that call, for its sizes.
 
     `keep`: the layer keeps its own weights too, so that `forget` can have them packed anew. Otherwise it lets go of
     them; those that are views of a file stay in memory as its pages until the system needs these.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, keep: bool):
+    def __init__(self, layer: nn.Linear | nn.Conv2d | Upsample, keep: bool):
         super().__init__()
         self.layer, self.keep, self.packed = layer, keep, None
-        self.convolves = type(layer) is nn.Conv2d  # a Pointwise is a linear layer
+        self.own = layer.conv if type(layer) is Upsample else layer  # what has the weights
 
     @property
     def weight(self) -> Tensor:
-        return self.layer.weight if self.packed is None else self.packed
+        return self.own.weight if self.packed is None else self.packed
 
     def pack(self, x: Tensor, dtype: torch.dtype) -> None:
-        weight, bias = self.layer.weight.detach().to(dtype), self.layer.bias
-        if self.convolves:
-            self.sizes = (self.layer.padding, self.layer.stride, self.layer.dilation, self.layer.groups)
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.sizes, list(x.shape))
-        else:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1))
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        weight, bias, kind = self.own.weight.detach(), self.own.bias, type(self.layer)
+        if kind is Upsample:
+            weight, of = folded(weight).to(dtype), ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, of the output, stride
+            self.packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *of, list(x.shape))
+            self.call = torch.ops.mkldnn._convolution_transpose_pointwise
+        elif kind is nn.Conv2d:
+            weight, of = weight.to(dtype), (self.own.padding, self.own.stride, self.own.dilation, self.own.groups)
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *of, list(x.shape))
+            self.call = torch.ops.mkldnn._convolution_pointwise
+        else:  # a Pointwise is a linear layer
+            weight, of = weight.to(dtype).flatten(1), ()
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+            self.call = torch.ops.mkldnn._linear_pointwise
+        self.rest = (None if bias is None else bias.detach().to(dtype), *of, *NOTHING_FUSED)
         if not self.keep:
-            large, weight = self.layer.weight.nbytes > LARGE, None
-            self.layer.weight = self.layer.bias = None
+            large, weight = self.own.weight.nbytes > LARGE, None
+            self.own.weight = self.own.bias = None
             if large and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
                 ctypes.CDLL(None).malloc_trim(0)  # else glibc keeps much of it, beside the packed weights
 
@@ -58,10 +66,7 @@ class Packed(nn.Module):
             if not possible(dtype):
                 return self.layer(x)
             self.pack(x, dtype)
-        x = x.to(self.packed.dtype)
-        if self.convolves:
-            return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.sizes, *NOTHING_FUSED)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *NOTHING_FUSED)
+        return self.call(x.to(self.packed.dtype), self.packed, *self.rest)
 
 
 def possible(dtype: torch.dtype) -> bool:
@@ -72,20 +77,31 @@ def possible(dtype: torch.dtype) -> bool:
 def pack(network: nn.Module, keep: bool = False) -> nn.Module:
     """Have the layers of a network packed, in place. It takes no gradient any more; adapters stay what they are.
 
-    Nothing happens on another device, on processors other than x86, and where torch was built without oneDNN.
+    On another device, on processors other than x86, and where torch was built without oneDNN, layers are only folded.
     """
     here = all(p.is_cpu for p in network.parameters()) and platform.machine() in ("x86_64", "AMD64")
     if here and torch.backends.mkldnn.is_available():
         replace(network, keep)
+    else:
+        fold(network)
     return network
 
 
 def replace(module: nn.Module, keep: bool) -> None:
     for name, child in module.named_children():
-        if type(child) in (nn.Linear, nn.Conv2d, Pointwise):
+        if type(child) in (nn.Linear, nn.Conv2d, Pointwise, Upsample):
             setattr(module, name, Packed(child, keep))
         elif not hasattr(child, "lora_A"):
             replace(child, keep)
+
+
+def to_compile(network: nn.Module) -> nn.Module:
+    """Make a network ready for `torch.compile`, in place, whose weights stay as they are.
+
+    Compiled for a GPU, convolutions without gradients compute in channels_last; here their weights are put into it once
+    instead of in each call.
+    """
+    return fold(network).to(memory_format=torch.channels_last)
 
 
 def view(network: nn.Module) -> nn.Module:
@@ -95,6 +111,8 @@ def view(network: nn.Module) -> nn.Module:
 
 def forget(network: nn.Module) -> None:
     """Have a `view` pack its weights anew, which have changed."""
-    for module in network.modules():
-        if isinstance(module, Packed):
-            module.packed = None
+    layers = [module for module in network.modules() if isinstance(module, Packed)]
+    for layer in layers:
+        layer.packed = None
+    if not layers:
+        fold(network)

@@ -35,6 +35,7 @@ from refl import LAST, reward_loss
 from scheduler import Scheduler
 from text import CACHE_BYTES
 from unet import UNet, UNetConfig
+from upsample import fold
 from vae import VAE, VAEConfig
 
 PUBLISHED = {"sd15": (unets.SD15, vaes.SD15), "sdxl": (unets.SDXL, vaes.SDXL)}
@@ -115,7 +116,7 @@ def build(args, unet: UNetConfig, vae: VAEConfig) -> Networks:
         blank = (UNet(unet), VAE(vae))
     for network in blank:
         network.load_state_dict({key: torch.empty(t.shape) for key, t in network.state_dict().items()}, assign=True)
-    networks = Networks(blank[0], blank[1].requires_grad_(False), [])
+    networks = Networks(blank[0], fold(blank[1].requires_grad_(False)), [])
     paths = (args.reward_weights or "").split(",")
     for i, (name, _) in enumerate(rewards.parse(args.reward) if args.method != "diffusion" else []):
         folder = rewards.EMBEDDED / name if name in ("tiny", "tiny2") else Path(paths[i] if i < len(paths) else "")
@@ -143,8 +144,8 @@ def flops(args, unet: UNetConfig, vae: VAEConfig) -> dict[str, float]:
         images = torch.empty(1, 3, args.resolution, args.resolution)
         given = conditioning_of(unet, 1, torch.float32)
         parts = {
-            "UNet forward": count(lambda x: m.unet(x, 1, **given), x),
             "UNet with gradients": count(lambda x: m.unet(x, 1, **given), x, backward=True),
+            "UNet forward": count(lambda x: fold(m.unet)(x, 1, **given), x),
             "decode": count(m.vae.decode, x),
             "decode with gradients": count(m.vae.decode, x.requires_grad_(), backward=True),
             "encode": count(lambda x: m.vae.encode(x)[0], images),
@@ -161,13 +162,14 @@ def per_image(parts: dict[str, float], start: int = 30) -> dict[str, float]:
     steps = len(SCHEDULER.steps)
 
     def rollout(first: int, drawn_from: int) -> float:
-        return (sum(range(drawn_from, steps)) / (steps - drawn_from) - first) * parts["UNet forward"]
+        taken = [max(t_f - first, 0) for t_f in range(drawn_from, steps)]
+        return sum(taken) / len(taken) * parts["UNet forward"]
 
     costs = {"diffusion": parts["UNet with gradients"] + parts["encode"]}
     if "reward with gradients" in parts:
         last = parts["UNet with gradients"] + parts["decode with gradients"] + parts["reward with gradients"]
         costs["refl"] = rollout(0, steps - LAST) + last
-        costs["imagerefl"] = parts["encode"] + rollout(start, start) + last + parts["UNet with gradients"]
+        costs["imagerefl"] = parts["encode"] + rollout(start + 1, start) + last + parts["UNet with gradients"]
         costs["3:1 mix"] = ((REFL_EVERY - 1) * costs["imagerefl"] + costs["refl"]) / REFL_EVERY
     return costs
 
@@ -277,10 +279,10 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
         given = conditioning_of(unet, batch, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
             loss = 0
-            if args.method != "diffusion":
-                loss, _ = reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, given, [""] * batch, None)
             if args.method != "refl":
-                loss = loss + diffusion_loss(m.unet, x, 226, x, given).mean()
+                loss = diffusion_loss(m.unet(x, 226, **given), x).mean()
+            if args.method != "diffusion":
+                loss = loss + reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, given, [""] * batch, None)[0]
         loss.backward()
         del copies, moments
     return kept, memory.peak

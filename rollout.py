@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import distributed
 import packed
+from scheduler import batched
+from upsample import fold
 
 FEW = 9  # first calls of a pass, on a CPU: were they all, as in ImageReFL, packing would take more time than it saves
 
@@ -37,8 +39,8 @@ class Rollout:
         if dtype is None:
             self.copy = packed.view(unet)
         else:
-            self.copy = copy.deepcopy(unet).to(dtype).requires_grad_(False) if copied else unet
-        self.fast = torch.compile(self.copy) if compiled else self.copy
+            self.copy = fold(copy.deepcopy(unet).to(dtype).requires_grad_(False)) if copied else unet
+        self.fast = torch.compile(packed.to_compile(self.copy)) if compiled else self.copy
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -48,9 +50,10 @@ class Rollout:
         elif self.copy is not self.unet:
             for mine, theirs in zip(self.copy.parameters(), self.unet.parameters(), strict=True):
                 mine.copy_(distributed.whole(theirs))
+            fold(self.copy)
 
     def __call__(self, x_t: Tensor, t: Tensor | int, context: Tensor, **conditioning: Tensor) -> Tensor:
-        t = t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device)  # one graph for all steps
+        t = batched(t, x_t)
         if torch.is_grad_enabled():
             self.calls = 0  # the pass ends with it
             return self.net(x_t, t, context=context, **conditioning)

@@ -101,6 +101,11 @@ def ticking(unet, bar: tqdm):
     return call
 
 
+def compiled(network: torch.nn.Module) -> None:
+    """A graph for each number of images: in one for all, convolutions would not be as fast on a GPU."""
+    packed.to_compile(network).compile(dynamic=False)
+
+
 def main(args) -> None:
     known = choose(args)
     config = weights.read_config(args.base, "unet")
@@ -133,7 +138,7 @@ def main(args) -> None:
             raise ValueError(f"--switch {args.switch}: {error}") from None
 
     dtype = cli.stored(args)
-    faster = torch.nn.Module.compile if args.compile else packed.pack
+    faster = compiled if args.compile else packed.pack
     base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype, args.aig is None, faster)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
     faster(vae.decoder)

@@ -58,6 +58,11 @@ class Scheduler:
         return send(abar, x.device).view(-1, 1, 1, 1) if abar.ndim else abar  # one number stays here: no device waits
 
 
+def batched(t: Tensor | int, x: Tensor) -> Tensor:
+    """A timestep for each image of x: (B,), filled on its device. A compiled network has one graph for all of them."""
+    return t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
+
+
 def randn(shape: Iterable[int], generator: Generators, device: str | torch.device = "cpu") -> Tensor:
     """Standard normal noise in float32, drawn on the CPU whatever the device.
 

@@ -109,9 +109,10 @@ from diffusion import pretraining_loss  # noqa: E402
 from imagerefl import imagerefl_loss, is_refl_update  # noqa: E402
 from refl import refl_loss  # noqa: E402
 from rollout import Rollout  # noqa: E402
-from scheduler import Scheduler  # noqa: E402
+from scheduler import Scheduler, batched  # noqa: E402
 from transfer import send  # noqa: E402
 from unet import UNet, UNetConfig, initialise  # noqa: E402
+from upsample import fold  # noqa: E402
 
 SCHEDULER = Scheduler(40, eta=1.0)
 ADAM_EPS = 1e-15  # the loss is scaled by 1e-3 and less, so that Adam's usual 1e-8 would throttle the update
@@ -193,7 +194,7 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
         elif row is settings.TINY:
             m.features = metrics.clip_features(settings.FEATURES, device)
     m.text = weights.load_text(args.base, device, frozen)
-    m.vae = weights.load_vae(args.base, device, frozen).requires_grad_(False)
+    m.vae = fold(weights.load_vae(args.base, device, frozen).requires_grad_(False))
     if args.text_on_cpu:
         for part in (m.text, *(reward for total in (m.reward, m.judge) if total for reward in total.rewards)):
             part.on_cpu()
@@ -203,7 +204,7 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
         m.unet = weights.load_unet(args.base, device, frozen if args.lora else torch.float32)
     if args.lora:
         m.parameters = lora.add(m.unet, args.lora, generator=generator_of(args.seed))
-        m.base, m.tuned = lora.halves(m.unet)  # one set of weights
+        m.base, m.tuned = lora.halves(fold(m.unet))  # one set of weights
     else:
         m.parameters, m.tuned = list(m.unet.parameters()), m.unet
         m.base = copy.deepcopy(m.unet).to("cpu", frozen).requires_grad_(False) if tunes else None  # until it samples
@@ -235,6 +236,7 @@ def compile_networks(args, m) -> None:
     x = torch.randn(args.batch_size, m.vae.config.latent_channels, side, side, generator=generator_of(args.seed))
     x = x.to(args.device).requires_grad_()
     conditioning = m.text(["a"] * args.batch_size, (args.resolution, args.resolution))
+    packed.to_compile(m.vae.decoder)
     net, decode = torch.compile(m.unet), torch.compile(m.vae.decode)
 
     def gradient(f, of: list) -> torch.Tensor:
@@ -251,7 +253,7 @@ def compile_networks(args, m) -> None:
             raise ValueError(
                 f"--compile: the {name}'s compiled gradient is wrong here; try --dtype float32, or without"
             )
-    m.net, m.vae.decode = net, decode
+    m.net, m.vae.decode = (lambda x_t, t, **given: net(x_t, batched(t, x_t), **given)), decode
 
 
 @torch.no_grad()

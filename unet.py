@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from upsample import Upsample
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -156,8 +158,9 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """`emb` has been through its activation."""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = h + self.time_emb_proj(emb)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
@@ -256,15 +259,6 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
-class Upsample(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by a transformer where the depth is not 0."""
 
@@ -357,7 +351,7 @@ class UNet(nn.Module):
             raise ValueError(f"latent sides must be multiples of {multiple}, got {H}x{W}")
         if not isinstance(timesteps, Tensor):
             timesteps = torch.full((B,), timesteps, device=latents.device)  # copied from nowhere: nothing waits
-        emb = self.embed(timesteps.to(latents.device).expand(B), pooled, time_ids)
+        emb = F.silu(self.embed(timesteps.to(latents.device).expand(B), pooled, time_ids))
         cell = self._recomputed if self.checkpointing and torch.is_grad_enabled() else Level.cell
 
         x = self.conv_in(latents.to(self.conv_in.weight.dtype))

@@ -42,6 +42,7 @@ from refl import LAST, draw_step, refl_loss
 from rollout import Rollout
 from scheduler import Scheduler, denoise, randn
 from train import ADAM_EPS
+from upsample import fold
 
 WORK = ("unet-sd15", "unet-sdxl", "decode", "sample", "sample-guided", "refl", "imagerefl")
 MIDDLE_UNET = replace(unets.SD15, channels=(128, 256, 512, 512))  # a sixth of SD1.5's arithmetic
@@ -220,7 +221,7 @@ def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> tuple[di
         last = copy.deepcopy(ours).to(memory_format=torch.channels_last)
         sides["channels_last"] = Side(lambda: last(x, t, **given), lambda: tensors_of(last))
     if args.compile:
-        net = torch.compile(ours)
+        net = torch.compile(packed.to_compile(copy.deepcopy(ours)))
         best = both_unets(config, args.device)[1].to(sizes.dtype)
         their_best(best)
         sides["ours compiled"] = Side(lambda: net(x, t, **given), kept)
@@ -250,6 +251,7 @@ def decode(args, sizes: Sizes) -> tuple[dict[str, Side], float, str]:
     if args.device == "cpu":
         sides["ours, not packed"] = Side(lambda: ours.decode(z), kept)
     if args.compile:
+        packed.to_compile(ours.decoder)
         compiled = torch.compile(ours.decode)
         best = both_vaes(config, args.device)[1].to(sizes.dtype)
         their_best(best, "decode")
@@ -416,10 +418,11 @@ def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
 
     def ours(compiled: bool) -> Side:
         frozen = torch.bfloat16 if args.device != "cpu" else torch.float32
-        mine, own = copied(both_unets(config, args.device)[0]), both_vaes(sizes.vae, args.device)[0].to(frozen)
+        mine, own = copied(both_unets(config, args.device)[0]), fold(both_vaes(sizes.vae, args.device)[0].to(frozen))
         optimizer = torch.optim.AdamW(mine.parameters(), 1e-6, eps=ADAM_EPS, fused=True)
         net, kept = torch.compile(mine) if compiled else mine, [mine, own, optimizer]
         if compiled:
+            packed.to_compile(own.decoder)
             own.decode = torch.compile(own.decode)
         net = Rollout(net, mine, None if args.device == "cpu" else frozen, compiled)
         kept += [] if args.device == "cpu" else [net.copy]
@@ -565,6 +568,7 @@ def main(args: argparse.Namespace) -> None:
         "imagerefl": lambda: step(args, sizes, "imagerefl"),
     }
     for name in args.work:
+        torch.compiler.reset()  # else sizes that differ from those before are compiled as unknown ones
         sides, difference, words = work[name]()
         training = name in ("refl", "imagerefl")
         with torch.set_grad_enabled(training), plan.counter() as counted:

@@ -9,7 +9,7 @@ SCHEDULER = Scheduler(40)
 
 
 def base(x, t, context):
-    return torch.tanh(0.7 * x + context + t / 1000)
+    return torch.tanh(0.7 * x + context + torch.as_tensor(t).view(-1, 1, 1, 1) / 1000)
 
 
 def tuned(x, t, context):

@@ -6,10 +6,11 @@ from recipe import filled, rnd
 
 import imagerefl
 import refl
+from combined import plain
 from diffusion import diffusion_loss, pretraining_loss
 from imagerefl import imagerefl_loss, is_refl_update
 from refl import draw_step, refl_loss, reward_loss
-from scheduler import Scheduler
+from scheduler import Scheduler, denoise
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -71,11 +72,30 @@ def test_exactly_one_call_of_refl_carries_gradients_and_it_is_the_last(unet, vae
 def test_exactly_two_calls_of_imagerefl_carry_gradients(unet, vae, seed):
     loss, _ = run_imagerefl(unet, vae, seed)
     loss.backward()
-    *rollout, (t_f, reward_call), (t_start, diffusion_call) = unet.calls
-    assert [t for t, _ in rollout] + [t_f] == SCHEDULER.timesteps[30 : 31 + len(rollout)]
+    (t_start, diffusion_call), *rollout, (t_f, reward_call) = unet.calls
+    visited = list(dict.fromkeys([t_start, *(t for t, _ in rollout), t_f]))
+    assert visited == SCHEDULER.timesteps[30 : 30 + len(visited)] and len(rollout) == max(len(visited) - 2, 0)
     assert not any(gradients for _, gradients in rollout)
     assert reward_call and diffusion_call
-    assert t_start == SCHEDULER.timesteps[30] == 226
+    assert t_start == 226
+
+
+@pytest.mark.parametrize("t_f", [30, 31, 34])
+def test_imagerefl_equals_its_equations_with_a_pass_for_each_prediction(unet, vae, monkeypatch, t_f):
+    """The pass of the diffusion loss serves the first step without gradients too."""
+    monkeypatch.setattr(imagerefl, "draw_step", lambda *_: t_f)
+    run_imagerefl(unet, vae)[0].backward()
+    ours = [p.grad for p in unet.parameters()]
+    unet.zero_grad()
+
+    generator = seeded()
+    eps = torch.randn(2, 4, 4, 4, generator=generator)
+    x_start = SCHEDULER.add_noise(rnd("x0", 2, 4, 4, 4), eps, 226)
+    with torch.no_grad():
+        x_t = denoise(SCHEDULER, plain(unet, CONDITIONING), x_start, range(30, t_f), generator)
+    loss = 1e-3 * reward_loss(unet, vae, brightness, SCHEDULER, x_t, t_f, CONDITIONING, PROMPTS, generator)[0]
+    (loss + 1e-5 * (unet(x_start, 226, **CONDITIONING) - eps).square().mean()).backward()
+    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-9) for a, p in zip(ours, unet.parameters(), strict=True))
 
 
 def test_frozen_networks_get_no_gradient_and_every_trained_weight_gets_one(unet, vae):
@@ -112,19 +132,12 @@ def test_refl_gradient_equals_finite_differences(unet, vae):
             assert weight.grad[i].item() == pytest.approx(((up - down) / 2e-5).item(), rel=1e-5)
 
 
-def test_imagerefl_starts_from_the_image_noised_to_t_start(unet, vae, monkeypatch):
-    seen = {}
-
-    def spy(scheduler, predict, x_t, steps, generator):
-        seen["x_t"], seen["steps"] = x_t, list(steps)
-        return x_t
-
-    monkeypatch.setattr(imagerefl, "denoise", spy)
-    monkeypatch.setattr(imagerefl, "draw_step", lambda *_: 33)
+def test_imagerefl_starts_from_the_image_noised_to_t_start(unet, vae):
+    seen, forward = [], unet.forward
+    unet.forward = lambda x, t, **given: (seen.append(x), forward(x, t, **given))[1]
     run_imagerefl(unet, vae)
     eps = torch.randn(2, 4, 4, 4, generator=seeded())
-    assert torch.equal(seen["x_t"], SCHEDULER.add_noise(rnd("x0", 2, 4, 4, 4), eps, 226))
-    assert seen["steps"] == [30, 31, 32]
+    assert torch.equal(seen[0], SCHEDULER.add_noise(rnd("x0", 2, 4, 4, 4), eps, 226))
 
 
 def test_t_f_equal_to_t_start_takes_no_step_before_the_one_with_gradients(unet, vae, monkeypatch):
@@ -145,7 +158,7 @@ def test_every_fourth_update_is_one_of_refl():
 
 def test_diffusion_loss_is_the_mean_squared_error_of_the_noise():
     eps = rnd("eps", 3, 4, 8, 8)
-    loss = diffusion_loss(lambda x, t: torch.zeros_like(x), rnd("x", 3, 4, 8, 8), 5, eps, {})
+    loss = diffusion_loss(torch.zeros_like(eps), eps)
     assert torch.allclose(loss, eps.square().mean((1, 2, 3)))
 
 

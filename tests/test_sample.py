@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from PIL import Image
 from recipe import mini_base
 
@@ -153,3 +154,18 @@ def test_compiling_changes_no_image(checkpoint, tmp_path):
         for n in ("eager", "compiled")
     )
     assert (eager.int() - compiled.int()).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_compiled_networks_have_a_graph_for_each_number_of_images(base_unet, mini, tmp_path, monkeypatch):
+    """Not one for each timestep, and none for any number: such a one is slower on a GPU. Six images are 4 and 2."""
+    counter = torch._dynamo.testing.CompileCounter()
+    compiling = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **given: compiling(net, backend=counter, **given))
+    torch.compiler.reset()
+    flags = ["--base", str(mini), "--checkpoint", base_unet, "--switch", "3", "--steps", "6", "--guidance", "2"]
+    flags += ["--prompt", "owl", "--images-per-prompt", "6", "--batch-size", "4", "--resolution", "32", "--compile"]
+    sample.main(sample.parse_args([*flags, "--dtype", "float32", "--output-dir", str(tmp_path)]))
+    graphs = counter.frame_count
+    assert len(list(tmp_path.glob("*.png"))) == 7
+    assert graphs == 3 + 2  # UNet of 8, 4 and 2 images, the base's guided ones among them; decoder of 4 and 2
