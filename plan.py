@@ -35,7 +35,7 @@ from refl import LAST, reward_loss
 from scheduler import Scheduler
 from text import CACHE_BYTES
 from unet import UNet, UNetConfig
-from upsample import fold
+from upsample import Upsample, fold, folded
 from vae import VAE, VAEConfig
 
 PUBLISHED = {"sd15": (unets.SD15, vaes.SD15), "sdxl": (unets.SDXL, vaes.SDXL)}
@@ -139,7 +139,7 @@ def flops(args, unet: UNetConfig, vae: VAEConfig) -> dict[str, float]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         m = build(args, unet, vae)
         if args.lora:
-            lora.add(m.unet, args.lora)
+            lora.add(fold(m.unet), args.lora)
         x = torch.empty(1, vae.latent_channels, *[args.resolution // m.vae.factor] * 2)
         images = torch.empty(1, 3, args.resolution, args.resolution)
         given = conditioning_of(unet, 1, torch.float32)
@@ -260,10 +260,12 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
                 lower(linear)
         if args.lora:
             lower(m.unet)
-            trained, copies = lora.add(m.unet, args.lora), []
+            trained, copies = lora.add(fold(m.unet), args.lora), []
         else:
             trained = list(m.unet.parameters())
-            copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in trained]  # for the rollout
+            kernels = [folded(part.conv.weight) for part in m.unet.modules() if isinstance(part, Upsample)]
+            copies = [torch.empty_like(t, dtype=torch.bfloat16) for t in trained + kernels]  # for the rollout
+            del kernels
         moments = [torch.empty_like(p) for p in (*trained, *trained)]
         for p in trained:
             p.grad = torch.empty_like(p)  # of the passes before
