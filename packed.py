@@ -31,7 +31,11 @@ class Packed(nn.Module):
     def __init__(self, layer: nn.Linear | nn.Conv2d | Upsample, keep: bool):
         super().__init__()
         self.layer, self.keep, self.packed = layer, keep, None
-        self.own = layer.conv if type(layer) is Upsample else layer  # what has the weights
+
+    @property
+    def own(self) -> nn.Linear | nn.Conv2d:
+        """What has the weights."""
+        return self.layer.conv if type(self.layer) is Upsample else self.layer
 
     @property
     def weight(self) -> Tensor:

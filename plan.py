@@ -143,9 +143,10 @@ def flops(args, unet: UNetConfig, vae: VAEConfig) -> dict[str, float]:
         x = torch.empty(1, vae.latent_channels, *[args.resolution // m.vae.factor] * 2)
         images = torch.empty(1, 3, args.resolution, args.resolution)
         given = conditioning_of(unet, 1, torch.float32)
-        parts = {
-            "UNet with gradients": count(lambda x: m.unet(x, 1, **given), x, backward=True),
-            "UNet forward": count(lambda x: fold(m.unet)(x, 1, **given), x),
+        parts = {"UNet with gradients": count(lambda x: m.unet(x, 1, **given), x, backward=True)}
+        fold(m.unet)  # as the steps without gradients have it
+        parts |= {
+            "UNet forward": count(lambda x: m.unet(x, 1, **given), x),
             "decode": count(m.vae.decode, x),
             "decode with gradients": count(m.vae.decode, x.requires_grad_(), backward=True),
             "encode": count(lambda x: m.vae.encode(x)[0], images),
@@ -254,6 +255,7 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
     with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as memory, norms_in_float32(), fused:
         m = build(args, unet, vae)
         lower(m.vae)
+        fold(m.vae)
         for network in m.rewards:  # as `reward_models.lower` has it
             network.dtype, tower = torch.bfloat16, getattr(network, "model", network).vision_model
             for linear in (module for module in tower.modules() if isinstance(module, nn.Linear)):

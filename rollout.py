@@ -40,7 +40,9 @@ class Rollout:
             self.copy = packed.view(unet)
         else:
             self.copy = fold(copy.deepcopy(unet).to(dtype).requires_grad_(False)) if copied else unet
-        self.fast = torch.compile(packed.to_compile(self.copy)) if compiled else self.copy
+        if compiled and copied:
+            packed.to_compile(self.copy)
+        self.fast = torch.compile(self.copy, dynamic=False) if compiled else self.copy
 
     @torch.no_grad()
     def refresh(self) -> None:

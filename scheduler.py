@@ -60,7 +60,7 @@ class Scheduler:
 
 def batched(t: Tensor | int, x: Tensor) -> Tensor:
     """A timestep for each image of x: (B,), filled on its device. A compiled network has one graph for all of them."""
-    return t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
+    return (t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)).expand(len(x))
 
 
 def randn(shape: Iterable[int], generator: Generators, device: str | torch.device = "cpu") -> Tensor:

@@ -210,6 +210,8 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
         m.base = copy.deepcopy(m.unet).to("cpu", frozen).requires_grad_(False) if tunes else None  # until it samples
         if tunes and device == "cpu" and not args.compile:
             packed.pack(m.base)
+        elif tunes:
+            fold(m.base)
     if args.ema:
         m.ema = copy.deepcopy(m.unet).requires_grad_(False)
     m.unet.checkpointing = "unet" in (args.checkpointing or "")
@@ -237,7 +239,9 @@ def compile_networks(args, m) -> None:
     x = x.to(args.device).requires_grad_()
     conditioning = m.text(["a"] * args.batch_size, (args.resolution, args.resolution))
     packed.to_compile(m.vae.decoder)
-    net, decode = torch.compile(m.unet), torch.compile(m.vae.decode)
+    if args.lora:
+        packed.to_compile(m.unet)
+    net, decode = (torch.compile(f, dynamic=False) for f in (m.unet, m.vae.decode))  # pictures have other numbers
 
     def gradient(f, of: list) -> torch.Tensor:
         with cli.autocast(args.device, args.dtype):

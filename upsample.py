@@ -30,9 +30,10 @@ def folded(weight: Tensor) -> Tensor:
     Along a side the three taps become a, a + b, b + c, c: each doubled pixel is met by one or two of them.
     """
     pairs = torch.ones(3, 4, device=weight.device).triu().tril(1)  # 1 1 0 0, 0 1 1 0, 0 0 1 1
-    taps = weight.float().flip(2, 3).flatten(2).transpose(0, 1)  # transposed convolutions turn their kernel round
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    taps = weight.to(exact).flip(2, 3).flatten(2).transpose(0, 1)  # transposed convolutions turn their kernel round
     with torch.autocast(weight.device.type, enabled=False):
-        kernel = taps @ torch.kron(pairs, pairs)  # (C_in, C_out, 16), rows times columns
+        kernel = taps @ torch.kron(pairs, pairs).to(exact)  # (C_in, C_out, 16), rows times columns
     return kernel.unflatten(2, (4, 4)).to(weight.dtype)
 
 
@@ -43,6 +44,7 @@ def fold(network: nn.Module) -> nn.Module:
     """
     for module in network.modules():
         if isinstance(module, Upsample):
-            kernel = folded(module.conv.weight)
-            module.kernel = kernel if module.kernel is None else module.kernel.copy_(kernel)
+            kernel, old = folded(module.conv.weight), module.kernel
+            same = old is not None and (old.dtype, old.device) == (kernel.dtype, kernel.device)
+            module.kernel = old.copy_(kernel) if same else kernel  # in its memory, to which a graph may refer
     return network

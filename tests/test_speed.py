@@ -229,8 +229,23 @@ def test_where_layers_cannot_be_packed_they_run_as_they_are(unet, lacks, monkeyp
     else:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        ours, usual = packed.view(unet)(x, 301, **TEXT), unet(x, 301, **TEXT)
-        assert (ours - usual).norm() < 0.03 * usual.norm()  # rounding: what upsamples is folded
+        network = packed.view(unet)
+        ours, usual = network(x, 301, **TEXT), unet(x, 301, **TEXT)
+    assert all(layer.packed is None for layer in packed_layers(network))
+    if lacks == "bf16":
+        assert packed_layers(network) and torch.equal(ours, usual)
+    else:  # what upsamples is folded, which rounds otherwise
+        assert not packed_layers(network) and 0 < (ours - usual).norm() < 0.03 * usual.norm()
+
+
+def test_a_view_that_is_folded_alone_follows_a_change_of_type(unet, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    view, x = packed.view(unet), rnd("x", 2, 4, 8, 8)
+    unet.double()
+    packed.forget(view)
+    with torch.no_grad():
+        ours, usual = (net(x.double(), 301, TEXT["context"].double()) for net in (view, unet))
+    assert torch.allclose(ours, usual, rtol=0, atol=1e-10)
 
 
 def test_swapped_models_and_passes_sample_the_same_images(tmp_path):
