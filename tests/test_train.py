@@ -167,7 +167,7 @@ def test_latents_are_cached_by_the_batch():
 def test_compiling_is_refused_where_it_changes_a_gradient(factor, tmp_path, monkeypatch):
     """Stands for a compiler: torch 2.13's own loses the decoder's gradient in bf16 on a CPU."""
 
-    def compiler(f):
+    def compiler(f, **_):
         def compiled(*args, **kwargs):
             y = f(*args, **kwargs)
             return y.detach() + factor * (y - y.detach())  # the same value but for NaN, another gradient
