@@ -241,7 +241,7 @@ def compile_networks(args, m) -> None:
     packed.to_compile(m.vae.decoder)
     if args.lora:
         packed.to_compile(m.unet)
-    net, decode = (torch.compile(f, dynamic=False) for f in (m.unet, m.vae.decode))  # pictures have other numbers
+    net, decode = (torch.compile(f, dynamic=False) for f in (m.unet, m.vae.decode))  # a grid has other sizes
 
     def gradient(f, of: list) -> torch.Tensor:
         with cli.autocast(args.device, args.dtype):

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -159,7 +158,7 @@ def main() -> None:
     print(f"SD1.5 at {8 * SIDE} pixels, batch {BATCH}, bf16, no gradients: launches, and GB that they read and write\n")
     print("| | TFLOP | own kernels | GB | library calls | GB | launches | GB |\n|---|---|---|---|---|---|---|---|")
     for name, (make, call, last, flags) in rows.items():
-        with patch.multiple(inductor, fx_graph_cache=False), inductor.patch(flags):
+        with inductor.patch(flags):
             found = counted(make, call, last)
         own, library = (found["own"], found["own GB"]), (found["library"], found["library GB"])
         cells = (found["TFLOP"], *own, *library, own[0] + library[0], own[1] + library[1])
