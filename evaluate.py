@@ -80,12 +80,12 @@ from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import cli  # noqa: E402
+import disk  # noqa: E402
 import files  # noqa: E402
 import metrics  # noqa: E402
 import packed  # noqa: E402
 import report  # noqa: E402
 import rewards  # noqa: E402
-import state  # noqa: E402
 import weights  # noqa: E402
 from combined import aig_weights, generate_each, switch_weights  # noqa: E402
 from curves import METHODS  # noqa: E402
@@ -279,7 +279,7 @@ def columns_of(
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     parts = [{k: v.float().cpu() for k, v in scorer(*batch).items()} for batch in images]
     columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    state.write(path, {key: t.clone() for key, t in columns.items()}, {"about": made_for})
+    disk.write(path, {key: t.clone() for key, t in columns.items()}, {"about": made_for})
     return columns
 
 
@@ -411,12 +411,12 @@ def main(args) -> dict:
         "axes": {"diversity": "diversity" if "diversity" in keys else None, "quality": args.rewards.split(",")},
         "points": listed,
     }  # fmt: skip
-    state.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    disk.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     table = report.markdown(results)
-    state.write_text(folder / "table.md", table)
-    state.write_text(folder / "table.csv", report.csv(results))
+    disk.write_text(folder / "table.md", table)
+    disk.write_text(folder / "table.csv", report.csv(results))
     for quality in results["axes"]["quality"] if results["axes"]["diversity"] else []:
-        state.write_text(folder / f"tradeoff-{quality}.svg", report.curves(results, quality))
+        disk.write_text(folder / f"tradeoff-{quality}.svg", report.curves(results, quality))
     print(f"\n{table}\nwritten to {folder}, to look at: {report.write(results, folder)}")
     return results
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import disk
 import files
 import layouts
-import state
 from unet import UNet
 
 LAYOUTS = ("peft", "kohya")
@@ -185,7 +185,7 @@ def save(
         raise ValueError(f"unknown layout {layout!r} of an adapter; known: {', '.join(LAYOUTS)}")
     tensors, header = _peft_file(unet) if layout == "peft" else _kohya_file(unet)
     path = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / files.ADAPTER
-    state.write(path, {k: t.to("cpu", dtype) for k, t in tensors.items()}, {"format": "pt"} | header | (metadata or {}))
+    disk.write(path, {k: t.to("cpu", dtype) for k, t in tensors.items()}, {"format": "pt"} | header | (metadata or {}))
 
 
 def load(unet: UNet, path: str | Path) -> list[nn.Parameter]:

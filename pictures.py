@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-import state
+import disk
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -58,7 +58,7 @@ def save_png(picture: Image.Image, path: str | Path, parameters: str | None = No
     info = PngInfo()
     if parameters:
         info.add_itxt("parameters", parameters)
-    with state.replacing(Path(path)) as temporary:
+    with disk.replacing(Path(path)) as temporary:
         picture.save(temporary, "png", pnginfo=info)
 
 

@@ -30,8 +30,8 @@ from statistics import mean, stdev  # noqa: E402
 
 import torch  # noqa: E402
 
+import disk  # noqa: E402
 import evaluate  # noqa: E402
-import state  # noqa: E402
 from settings import TINY  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -261,7 +261,7 @@ def main(args) -> None:
         points += results["points"]
     results |= {"points": points}
     text = claims(results, [Curves(results, folder, seed) for seed in plan.seeds], plan)
-    state.write_text(folder / "claims.md", text)
+    disk.write_text(folder / "claims.md", text)
     print("\n" + text)
 
 

@@ -298,11 +298,11 @@ def convert_mps(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output}: the output is written as .safetensors; name it so")
     if not Path(args.input).is_file():
         raise missing("mps", args.input)
+    import disk
     import mps
-    import state
 
     tensors = mps.read_pickled(args.input)
-    state.write(args.output, tensors)
+    disk.write(args.output, tensors)
     print(f"{args.output}: {len(tensors)} tensors; put vocab.json and merges.txt of huggingface.co/{CLIP_B} beside it")
 
 

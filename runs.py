@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import disk
 import lora
 import settings
 import state
@@ -64,7 +65,7 @@ def begin(args, folder: Path, update: int) -> dict:
 
 def describe(folder: Path, about: dict) -> None:
     """Write `run.json`."""
-    state.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    disk.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
 
 
 def note(folder: Path, row: dict, progress: dict, skipped: list[int]) -> None:
@@ -76,7 +77,7 @@ def note(folder: Path, row: dict, progress: dict, skipped: list[int]) -> None:
         about = f"update {row['update']} skipped, the {progress['skipped']}. in all: not finite: {told}"
         tqdm.write(f"{about}; prompts {skipped}", file=sys.stderr)
         row |= {"skipped": progress["skipped"], "prompts": skipped}
-    state.append(folder / "log.jsonl", json.dumps(row))
+    disk.append(folder / "log.jsonl", json.dumps(row))
 
 
 def save(folder: Path, tensors: dict, progress: dict, keep: int, last: bool) -> None:

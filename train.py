@@ -94,6 +94,7 @@ from types import SimpleNamespace  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import disk  # noqa: E402
 import distributed  # noqa: E402
 import lora  # noqa: E402
 import metrics  # noqa: E402
@@ -365,7 +366,7 @@ def main(args) -> None:
     try:
         with distributed.group(args.device):
             m = load_models(args, row, config)
-            with state.lock(folder) if FIRST else nullcontext():
+            with disk.lock(folder) if FIRST else nullcontext():
                 if FIRST and not args.resume and runs.new_folder(args) != folder:
                     raise ValueError(f"{folder}: another process has trained there meanwhile; start again")
                 train(args, m, row, prompts, data, folder)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import cli
+import disk
 import files
 import layouts
 import lora
-import state
 import unet as unets
 import vae as vaes
 from files import find, read_file  # noqa: F401 - both belong to what this file offers
@@ -289,14 +289,14 @@ def save_unet(
         raise ValueError(f"{path}: the layout single-file goes into a file named .safetensors, diffusers into a folder")
     if layout == "diffusers":
         tensors = {key: t.to("cpu", dtype) for key, t in unet.state_dict().items()}
-        state.write(Path(path) / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"} | (metadata or {}))
-        state.write_text(Path(path) / "config.json", json.dumps(unet.config.to_dict(), indent=1) + "\n")
+        disk.write(Path(path) / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"} | (metadata or {}))
+        disk.write_text(Path(path) / "config.json", json.dumps(unet.config.to_dict(), indent=1) + "\n")
     elif layout == "single-file":
         if base is None:
             raise ValueError("a single file also holds an autoencoder and text encoders: say of which base")
         tensors = single_file(unet, base, dtype)
         header = modelspec(unet, Path(path).stem) | {"config": json.dumps(_configs(unet, base))} | (metadata or {})
-        state.write(path, {key: t.to("cpu", dtype) for key, t in tensors.items()}, {"format": "pt"} | header)
+        disk.write(path, {key: t.to("cpu", dtype) for key, t in tensors.items()}, {"format": "pt"} | header)
     else:
         raise ValueError(f"unknown layout {layout!r} of a UNet; known: diffusers, single-file")
 

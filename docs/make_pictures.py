@@ -12,8 +12,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "reproduction"
 sys.path.insert(0, str(ROOT))
+import disk
 import settings
-import state
 import weights
 from combined import generate, switch_weights
 from data import EmojiSet
@@ -46,7 +46,7 @@ def main() -> None:
     save_png(grid(list(rows.values()), list(rows), heads, cell=80), ROOT / "docs" / "main.png")
 
     for name in ("tradeoff-tiny.svg", "tradeoff-tiny2.svg"):
-        state.write_text(ROOT / "docs" / name, (RUNS / "imagerefl" / name).read_text())
+        disk.write_text(ROOT / "docs" / name, (RUNS / "imagerefl" / name).read_text())
 
     emoji = EmojiSet(seed=7)
     shown = [emoji.describe(i) for i in range(48)]

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import state
+import disk
 import weights
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -50,8 +50,8 @@ def mini_base(folder: Path) -> str:
     config = UNetConfig((16, 32), (1, 0), 1, 1, (2, 2), context=128, latent_channels=4, groups=4, sample_size=8)
     weights.save_unet(filled(UNet(config)), folder / "unet")
     vae = filled(VAE(VAEConfig((4, 4, 4, 8), 1, 4, 1)))
-    state.write(folder / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict())
-    state.write_text(folder / "vae" / "config.json", json.dumps(vae.config.to_dict()))
+    disk.write(folder / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict())
+    disk.write_text(folder / "vae" / "config.json", json.dumps(vae.config.to_dict()))
     for name in ("text_encoder", "tokenizer"):
         (folder / name).symlink_to(TINY / name)
     return str(folder)

@@ -12,9 +12,9 @@ import torch
 from recipe import fill, golden, golden_config, rnd
 from safetensors.torch import load_file, save_file
 
+import disk
 import files
 import lora
-import state
 import weights
 from combined import combine, plain, switch_weights
 from scheduler import Scheduler
@@ -177,11 +177,11 @@ def test_combined_generation_with_an_adapter_peaks_hardly_above_one_full_size_mo
     with torch.device("meta"):
         unet = UNet()
     tensors = {key: rnd(key, *t.shape).bfloat16() / 30 for key, t in unet.state_dict().items()}
-    state.write(base / "diffusion_pytorch_model.safetensors", tensors)
-    state.write_text(base / "config.json", json.dumps(unet.config.to_dict()))
+    disk.write(base / "diffusion_pytorch_model.safetensors", tensors)
+    disk.write_text(base / "config.json", json.dumps(unet.config.to_dict()))
     lora.add(unet, 16)
     pairs = {f"unet.{key}": rnd(key, *t.shape) / 30 for key, t in adapter_tensors(unet).items()}
-    state.write(run / files.ADAPTER, pairs)
+    disk.write(run / files.ADAPTER, pairs)
     del tensors
     try:
         peak = {}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import cli
+import disk
 import distributed
 import imagerefl
 import monitor
@@ -293,7 +294,7 @@ def test_a_full_disk_leaves_the_state_before_and_training_goes_on(mini, tmp_path
 
 
 def hold(folder: Path) -> None:
-    with state.lock(folder):
+    with disk.lock(folder):
         time.sleep(60)
 
 
@@ -303,7 +304,7 @@ def test_a_run_in_use_is_refused_until_its_process_is_gone(mini, tmp_path, fast)
     for _ in range(200):
         time.sleep(0.01)
         try:
-            with state.lock(tmp_path / "run"):
+            with disk.lock(tmp_path / "run"):
                 pass
         except ValueError:
             break

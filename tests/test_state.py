@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import disk
 import state
 
 
@@ -29,8 +30,8 @@ def test_a_loaded_state_goes_on_to_the_bit(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "s.safetensors"
-    state.write(path, {"a": torch.ones(2)})
+    disk.write(path, {"a": torch.ones(2)})
     before = path.read_bytes()
     with pytest.raises(Exception):  # noqa: B017 - whatever the library raises for a tensor that it cannot write
-        state.write(path, {"a": torch.ones(2).to_sparse()})
+        disk.write(path, {"a": torch.ones(2).to_sparse()})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]

@@ -23,7 +23,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cli
-import state
+import disk
 from data import Composition, EmojiSet
 from pictures import CLIP_MEAN, CLIP_STD, to_tensor
 
@@ -41,11 +41,11 @@ def learn_tokenizer(captions: list[str], folder: Path) -> None:
     letters = [chr(c) for c in range(33, 127)]
     tokens = [START, END, *letters, *(c + SUFFIX for c in letters), *("".join(pair) for pair in merges)]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    state.write_text(folder / "vocab.json", json.dumps(vocabulary) + "\n")
-    state.write_text(folder / "merges.txt", "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    disk.write_text(folder / "vocab.json", json.dumps(vocabulary) + "\n")
+    disk.write_text(folder / "merges.txt", "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "bos_token": START}
     settings |= {"eos_token": END, "pad_token": END, "unk_token": END}
-    state.write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
+    disk.write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
 
 
 def build(vocabulary: int, vision: tuple[int, int], text: tuple[int, int]) -> CLIPModel:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import state
+import disk
 import weights
 from unet import TINY
 
@@ -57,9 +57,9 @@ STAGES = {  # each goes on with the weights of the one before
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     base, work = TINY_DIR / "base", TINY_DIR / "work"
-    state.write_text(base / "model_index.json", json.dumps(INDEX, indent=1) + "\n")
-    state.write_text(base / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=1) + "\n")
-    state.write_text(base / "unet" / "config.json", json.dumps(TINY.to_dict(), indent=1) + "\n")
+    disk.write_text(base / "model_index.json", json.dumps(INDEX, indent=1) + "\n")
+    disk.write_text(base / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=1) + "\n")
+    disk.write_text(base / "unet" / "config.json", json.dumps(TINY.to_dict(), indent=1) + "\n")
     for name, stage in STAGES.items():
         run = work / name
         if not (run / "unet" / "config.json").exists():

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cli
+import disk
 import state
 import weights
 from data import EmojiSet
@@ -133,11 +134,11 @@ def main() -> None:
     vae = vae.eval().half().float()  # as it is stored
     psnr, std = evaluate(vae, args.seed + 1, 1024, args.device)
     config = vae.config if args.decoder else replace(TINY, scale=1 / std)
-    state.write(
+    disk.write(
         args.output / "diffusion_pytorch_model.safetensors",
         {k: t.half() for k, t in vae.state_dict().items()},
     )
-    state.write_text(args.output / "config.json", json.dumps(config.to_dict() | {"sample_size": 64}, indent=1) + "\n")
+    disk.write_text(args.output / "config.json", json.dumps(config.to_dict() | {"sample_size": 64}, indent=1) + "\n")
     print(f"PSNR on 1,024 fresh compositions {psnr:.2f} dB -> {args.output}")
 
 
