@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scheduler import TRAIN_STEPS, Scheduler, randn
-from transfer import send
+from utils.device import send
 
 
 def diffusion_loss(predicted: Tensor, eps: Tensor) -> Tensor:

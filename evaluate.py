@@ -9,8 +9,8 @@ only what is missing.
 
 import argparse
 
-import settings
-from cli import Parser, number, positive, run
+from training import presets
+from utils.cli import Parser, number, positive, run
 
 
 def swept(text: str) -> tuple[str, list[float]]:
@@ -79,19 +79,18 @@ from safetensors import safe_open  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import cli  # noqa: E402
-import disk  # noqa: E402
-import files  # noqa: E402
 import metrics  # noqa: E402
-import packed  # noqa: E402
-import report  # noqa: E402
 import rewards  # noqa: E402
 import weights  # noqa: E402
 from combined import aig_weights, generate_each, switch_weights  # noqa: E402
-from curves import METHODS  # noqa: E402
-from data import EmojiSet, Pictures, open_data, read_prompts  # noqa: E402
-from pictures import save_png, to_pictures, to_tensor  # noqa: E402
+from pretrained import weight_files  # noqa: E402
+from report import page  # noqa: E402
+from report.curves import METHODS  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
+from speed import prepacked  # noqa: E402
+from training.data import EmojiSet, Pictures, open_data, read_prompts  # noqa: E402
+from utils import cli, disk  # noqa: E402
+from utils.images import save_png, to_pictures, to_tensor  # noqa: E402
 
 PRINTED = {"hpsv2.1": 100, "hpsv2.0": 100, "clipscore": 100, "tiny": 0.1, "tiny2": 0.1}  # factors of the table
 REFERENCE_SEED = 20_000  # of the emoji that the tiny base is compared with; the training data has seed 0
@@ -140,13 +139,15 @@ def method_of(checkpoint: str) -> tuple[str, str]:
     return method, path
 
 
-def points_of(args, row: settings.Settings, prompts: list[str]) -> list[Point]:
+def points_of(args, row: presets.Settings, prompts: list[str]) -> list[Point]:
     """The base model, then the table's rows and the sweeps' points of each checkpoint, without repeats."""
     base = fingerprint(
-        files.find(args.base, "unet"), files.find(args.base, "vae"), files.find(args.base, "text_encoder")
+        weight_files.find(args.base, "unet"),
+        weight_files.find(args.base, "vae"),
+        weight_files.find(args.base, "text_encoder"),
     )
     checkpoints = [method_of(checkpoint) for checkpoint in args.checkpoint]
-    tuned = {path: fingerprint(files.find(path, "tuned_unet")) for _, path in checkpoints}
+    tuned = {path: fingerprint(weight_files.find(path, "tuned_unet")) for _, path in checkpoints}
     points = {}
 
     def add(label, is_row, checkpoint, method, kind, value, guidance):
@@ -185,13 +186,13 @@ def draw(args, points: list[Point], prompts: list[str], jobs: list[tuple[int, in
         return
     dtype = cli.stored(args)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
-    packed.pack(vae.decoder)
+    prepacked.pack(vae.decoder)
     scheduler, size = Scheduler(args.steps), (args.resolution, args.resolution)
     for checkpoint in dict.fromkeys(p.checkpoint for p in missing):
         if checkpoint is None:
-            base = tuned = packed.pack(weights.load_unet(args.base, args.device, dtype))
+            base = tuned = prepacked.pack(weights.load_unet(args.base, args.device, dtype))
         else:
-            base, tuned = weights.load_tuned(checkpoint, args.base, args.device, dtype, prepare=packed.pack)
+            base, tuned = weights.load_tuned(checkpoint, args.base, args.device, dtype, prepare=prepacked.pack)
         own = [p for p in missing if p.checkpoint == checkpoint]
         for at in tqdm(range(0, len(jobs), args.batch_size), f"{checkpoint or 'base'}, {len(own)} ways", unit="batch"):
             part = jobs[at : at + args.batch_size]
@@ -223,7 +224,7 @@ def reward_scorer(name: str, source: str | None, device: str) -> Scorer:
 
 def tiny_scorer(device: str) -> Scorer:
     """The held-out CLIP of the tiny base: features, and whether the right one of the concepts ranks first."""
-    clip, concepts = rewards.load("clipscore", settings.FEATURES, device), EmojiSet().concepts
+    clip, concepts = rewards.load("clipscore", presets.FEATURES, device), EmojiSet().concepts
 
     def score(images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         features = F.normalize(clip.network.encode_image(clip.prepare(images, clip.size)), dim=1)
@@ -238,7 +239,7 @@ def feature_scorer(column: str, extract: Callable[[Tensor], Tensor]) -> Scorer:
     return lambda images, prompts: {column: extract(images)}
 
 
-def scorers_of(args, row: settings.Settings) -> tuple[dict[str, Scorer], list[str]]:
+def scorers_of(args, row: presets.Settings) -> tuple[dict[str, Scorer], list[str]]:
     """Scorers by name and fingerprint, and notes on what is measured how, or is not."""
     names = args.rewards.split(",")
     sources = args.reward_weights.split(",") if args.reward_weights else [None] * len(names)
@@ -248,8 +249,8 @@ def scorers_of(args, row: settings.Settings) -> tuple[dict[str, Scorer], list[st
     for name, source in zip(names, sources, strict=True):
         scorer = reward_scorer(name, source or None, args.device)
         found[f"{name}.{fingerprint(rewards.find_checkpoint(name, source or None))}"] = scorer
-    if row is settings.TINY:
-        found[f"features.{fingerprint(settings.FEATURES)}"] = tiny_scorer(args.device)
+    if row is presets.TINY:
+        found[f"features.{fingerprint(presets.FEATURES)}"] = tiny_scorer(args.device)
         notes.append("Concept, diversity and the distances are measured by the held-out CLIP of the tiny base, 128 "
                      "features, where the paper has CLIP ViT-B/32, DINO and Inception.")  # fmt: skip
         return found, notes + reading_notes(args.reading, "the held-out CLIP's")
@@ -332,12 +333,12 @@ def reading_notes(name: str, features: str = "Inception's") -> list[str]:
     return notes
 
 
-def titles(row: settings.Settings, keys: Iterable[str]) -> list[dict]:
+def titles(row: presets.Settings, keys: Iterable[str]) -> list[dict]:
     """The table's columns in order: title, direction, digits."""
     fixed = {
         "concept": ("right concept, %", "higher", 1),
-        "diversity": ("Diversity" if row is settings.TINY else "DinoDiversity", "higher", 3),
-        "fid": ("FID", "lower", 3 if row is settings.TINY else 2),
+        "diversity": ("Diversity" if row is presets.TINY else "DinoDiversity", "higher", 3),
+        "fid": ("FID", "lower", 3 if row is presets.TINY else 2),
         "covdist": ("CovDist", "lower", 5),
         "logcovdist": ("LogCovDist", "lower", 3),
     }
@@ -346,23 +347,23 @@ def titles(row: settings.Settings, keys: Iterable[str]) -> list[dict]:
     return [{"key": k, "title": t, "better": b, "digits": d} for k, (t, b, d) in known.items()]
 
 
-def resolve(args, row: settings.Settings) -> list[str]:
+def resolve(args, row: presets.Settings) -> list[str]:
     """Fill in what was not given; returns the prompts. Raises ValueError for what cannot be."""
-    args.rewards = args.rewards or ("tiny,tiny2" if row is settings.TINY else row.reward)
+    args.rewards = args.rewards or ("tiny,tiny2" if row is presets.TINY else row.reward)
     args.guidance = row.guidance if args.guidance is None else args.guidance
     args.resolution = args.resolution or row.resolution
-    args.batch_size = args.batch_size or (64 if row is settings.TINY else 8)
+    args.batch_size = args.batch_size or (64 if row is presets.TINY else 8)
     args.device = cli.device(args.device)
     cli.check_writable(Path(args.output_dir))
     args.dtype = args.dtype or cli.dtype(args.device)
     weights.check_resolution(args.base, args.resolution)
     for flag in ("dino", "inception"):
-        if row is settings.TINY and getattr(args, flag):
+        if row is presets.TINY and getattr(args, flag):
             raise ValueError(f"--{flag}: the tiny base is measured by its own features; leave it out")
     if args.reading not in metrics.READINGS:
         raise ValueError(f"--reading {args.reading}: there are {', '.join(metrics.READINGS)}")
     if args.prompts is None:
-        prompts = EmojiSet().concepts if row is settings.TINY else list(row.prompts)
+        prompts = EmojiSet().concepts if row is presets.TINY else list(row.prompts)
     elif args.prompts.endswith(".json") and "captions" in Path(args.prompts).name:
         data = open_data(args.prompts, args.resolution)
         prompts = [caption for _, caption in data.rows] if isinstance(data, Pictures) else data.prompts
@@ -372,7 +373,7 @@ def resolve(args, row: settings.Settings) -> list[str]:
 
 
 def main(args) -> dict:
-    row = settings.of(args.base, weights.read_config(args.base, "unet"))
+    row = presets.of(args.base, weights.read_config(args.base, "unet"))
     prompts = resolve(args, row)
     points = points_of(args, row, prompts)
     scorers, notes = scorers_of(args, row)
@@ -412,12 +413,12 @@ def main(args) -> dict:
         "points": listed,
     }  # fmt: skip
     disk.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    table = report.markdown(results)
+    table = page.markdown(results)
     disk.write_text(folder / "table.md", table)
-    disk.write_text(folder / "table.csv", report.csv(results))
+    disk.write_text(folder / "table.csv", page.csv(results))
     for quality in results["axes"]["quality"] if results["axes"]["diversity"] else []:
-        disk.write_text(folder / f"tradeoff-{quality}.svg", report.curves(results, quality))
-    print(f"\n{table}\nwritten to {folder}, to look at: {report.write(results, folder)}")
+        disk.write_text(folder / f"tradeoff-{quality}.svg", page.curves(results, quality))
+    print(f"\n{table}\nwritten to {folder}, to look at: {page.write(results, folder)}")
     return results
 
 

@@ -7,7 +7,7 @@ Goes on where it was stopped. Writes `claims.md` into `runs/reproduction`, and f
 beside ReFL what `evaluate.py` does.
 """
 
-from cli import Parser, run
+from utils.cli import Parser, run
 
 
 def parse_args(argv=None):
@@ -30,9 +30,9 @@ from statistics import mean, stdev  # noqa: E402
 
 import torch  # noqa: E402
 
-import disk  # noqa: E402
 import evaluate  # noqa: E402
-from settings import TINY  # noqa: E402
+from training.presets import TINY  # noqa: E402
+from utils import disk  # noqa: E402
 
 HERE = Path(__file__).parent
 

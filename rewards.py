@@ -3,7 +3,8 @@
     python rewards.py score --reward hpsv2.1 --reward-weights FOLDER --prompt "a red fox" fox.png
     python rewards.py convert-mps MPS_overall_checkpoint.pth FOLDER/model.safetensors
 
-The networks are in `reward_models.py` and `mps.py`, imported when a reward is loaded: `--help` stays quick.
+The networks are in `pretrained/reward_networks.py` and `pretrained/mps.py`, imported when a reward is loaded, so that
+`--help` stays quick.
 The files are the official ones; nothing in them is run, and nothing is downloaded.
 """
 
@@ -15,7 +16,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
+from utils import cli
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ def read_checkpoint(name: str, path: Path):
 
     import torch
 
-    import mps
     import weights
+    from pretrained import mps
 
     if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
         if name == "mps":
@@ -197,7 +198,7 @@ def load(name: str, source: str | Path | None = None, device="cpu", dtype=None, 
     vocabulary = find_vocabulary(name, path.parent)
     check_digest(name, path)
 
-    import reward_models as models
+    from pretrained import reward_networks as models
 
     config = path.parent if (path.parent / "config.json").is_file() else None
     network, tokenizer = models.blank(name, config), models.tokenizer(name, vocabulary)
@@ -265,7 +266,7 @@ def build(spec: str, sources: str | list | None = None, device="cpu", dtype=None
 
 def read_image(path: str):
     """One picture as (1, 3, H, W) in [-1, 1]."""
-    from pictures import read, to_tensor
+    from utils.images import read, to_tensor
 
     return to_tensor(read(path))[None]
 
@@ -298,8 +299,8 @@ def convert_mps(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output}: the output is written as .safetensors; name it so")
     if not Path(args.input).is_file():
         raise missing("mps", args.input)
-    import disk
-    import mps
+    from pretrained import mps
+    from utils import disk
 
     tensors = mps.read_pickled(args.input)
     disk.write(args.output, tensors)

@@ -8,9 +8,9 @@ one PNG an image, with its settings inside, and a labelled grid.
 
 from pathlib import Path
 
-import cli
-import settings
-from cli import Parser, number, positive, run
+from training import presets
+from utils import cli
+from utils.cli import Parser, number, positive, run
 
 
 def parse_args(argv=None):
@@ -55,12 +55,12 @@ ARGS = parse_args() if __name__ == "__main__" else None  # before the slow impor
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import packed  # noqa: E402
 import weights  # noqa: E402
 from combined import aig_weights, generate, switch_weights  # noqa: E402
-from data import check_unicode, read_prompts  # noqa: E402
-from pictures import grid, save_png, to_pictures  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
+from speed import prepacked  # noqa: E402
+from training.data import check_unicode, read_prompts  # noqa: E402
+from utils.images import grid, save_png, to_pictures  # noqa: E402
 
 TOGETHER = 8  # batches that one change from base to tuned model serves
 GRID = 64  # prompts in grid.png, the first ones
@@ -73,15 +73,15 @@ def parameters_line(prompt: str, seed: int, args, size: tuple[int, int]) -> str:
     mix = f"AIG: {args.aig:g}" if args.aig is not None else f"Switch: {args.switch}"
     return (
         f"{prompt}\nSteps: {args.steps}, Sampler: {sampler}, CFG scale: {args.guidance:g}, Seed: {seed}, "
-        f"Size: {W}x{H}, Model: {args.base}, {mix}, Tuned: {args.checkpoint}, Version: ImageReFL {settings.VERSION}"
+        f"Size: {W}x{H}, Model: {args.base}, {mix}, Tuned: {args.checkpoint}, Version: ImageReFL {presets.VERSION}"
     )
 
 
 def choose(args) -> dict:
     """Fill in checkpoint and base; returns what is known of how the checkpoint was tuned."""
     if args.checkpoint is None:
-        newest = settings.newest_run(Path("runs"))
-        args.checkpoint = str(newest or settings.TUNED)
+        newest = presets.newest_run(Path("runs"))
+        args.checkpoint = str(newest or presets.TUNED)
         print(
             f"checkpoint: {args.checkpoint} ({'the newest run' if newest else 'the one that ships with the tiny base'})"
         )
@@ -103,13 +103,13 @@ def ticking(unet, bar: tqdm):
 
 def compiled(network: torch.nn.Module) -> None:
     """A graph for each number of images: in one for all, convolutions would not be as fast on a GPU."""
-    packed.to_compile(network).compile(dynamic=False)
+    prepacked.to_compile(network).compile(dynamic=False)
 
 
 def main(args) -> None:
     known = choose(args)
     config = weights.read_config(args.base, "unet")
-    row = settings.of(args.base, config)
+    row = presets.of(args.base, config)
     if args.aig is not None and args.switch is not None:
         raise ValueError("--aig and --switch: give one of the two")
     if args.switch is None:
@@ -122,7 +122,7 @@ def main(args) -> None:
     args.dtype = args.dtype or cli.dtype(args.device)
     resolution = args.resolution or row.resolution
     weights.check_resolution(args.base, resolution)
-    batch = args.batch_size or (32 if row is settings.TINY else 8)
+    batch = args.batch_size or (32 if row is presets.TINY else 8)
     if args.prompt and args.prompts:
         raise ValueError("--prompt and --prompts: give one of the two")
     check_unicode(args.prompt or [], "--prompt")
@@ -138,7 +138,7 @@ def main(args) -> None:
             raise ValueError(f"--switch {args.switch}: {error}") from None
 
     dtype = cli.stored(args)
-    faster = compiled if args.compile else packed.pack
+    faster = compiled if args.compile else prepacked.pack
     base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype, args.aig is None, faster)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
     faster(vae.decoder)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from transfer import send
+from utils.device import send
 
 TRAIN_STEPS = 1000
 

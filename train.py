@@ -7,15 +7,15 @@ run, `torchrun --nproc-per-node N train.py ...` spreads it over N GPUs. A run's 
 `log.jsonl`, grids of fixed prompts, and what `--resume` needs.
 """
 
-import cli
-import settings
-from cli import Parser, number, positive, run
+from training import presets
+from utils import cli
+from utils.cli import Parser, number, positive, run
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--method", choices=settings.METHODS, default="imagerefl", help="default: imagerefl")
+    add("--method", choices=presets.METHODS, default="imagerefl", help="default: imagerefl")
     add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
     add("--reward", help='what to climb, e.g. hpsv2.1 or "hpsv2.1=1,pickscore=0.5" (default: tiny, or hpsv2.1)')
     add("--reward-weights", help="files or folders of the rewards, in their order, joined by commas")
@@ -94,26 +94,22 @@ from types import SimpleNamespace  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import disk  # noqa: E402
-import distributed  # noqa: E402
-import lora  # noqa: E402
 import metrics  # noqa: E402
-import monitor  # noqa: E402
-import packed  # noqa: E402
-import plan  # noqa: E402
 import rewards  # noqa: E402
-import runs  # noqa: E402
-import state  # noqa: E402
 import weights  # noqa: E402
-from data import Captions, Pictures, Stream, open_data, read_prompts  # noqa: E402
 from diffusion import pretraining_loss  # noqa: E402
 from imagerefl import imagerefl_loss, is_refl_update  # noqa: E402
+from pretrained import lora  # noqa: E402
 from refl import refl_loss  # noqa: E402
-from rollout import Rollout  # noqa: E402
 from scheduler import Scheduler, batched  # noqa: E402
-from transfer import send  # noqa: E402
+from speed import prepacked  # noqa: E402
+from speed.fused_upsample import fold  # noqa: E402
+from speed.inference_copy import Rollout  # noqa: E402
+from training import checkpoint, cost, monitor, run_folder  # noqa: E402
+from training.data import Captions, Pictures, Stream, open_data, read_prompts  # noqa: E402
 from unet import UNet, UNetConfig, initialise  # noqa: E402
-from upsample import fold  # noqa: E402
+from utils import disk, distributed  # noqa: E402
+from utils.device import send  # noqa: E402
 
 SCHEDULER = Scheduler(40, eta=1.0)
 ADAM_EPS = 1e-15  # the loss is scaled by 1e-3 and less, so that Adam's usual 1e-8 would throttle the update
@@ -121,7 +117,7 @@ SKIPS = 10  # updates in a row without a finite loss and gradient, after which a
 FIRST = distributed.RANK == 0  # this process alone writes
 
 
-def resolve(args, row: settings.Settings) -> None:
+def resolve(args, row: presets.Settings) -> None:
     """Fill in what was not given. Raises ValueError for flags that do not go together."""
     args.reward = args.reward or row.reward
     args.steps = args.steps or row.updates[args.method]
@@ -137,7 +133,7 @@ def resolve(args, row: settings.Settings) -> None:
     args.dtype = args.dtype or cli.dtype(args.device)
     if not 0 <= args.start < len(SCHEDULER.steps):
         raise ValueError(f"--start {args.start}: must be in 0..{len(SCHEDULER.steps) - 1}")
-    if args.data is None and row is not settings.TINY:
+    if args.data is None and row is not presets.TINY:
         raise ValueError(f"--base {args.base} needs --data: a folder with metadata.jsonl, or a COCO captions file")
     for flag in ("ema", "snr_gamma"):
         if args.method != "diffusion" and getattr(args, flag):
@@ -148,7 +144,7 @@ def resolve(args, row: settings.Settings) -> None:
         raise ValueError("--init random starts a UNet afresh: it goes with --method diffusion, and not with --lora")
     if args.monitor and args.method == "diffusion":
         raise ValueError("--monitor watches a reward: it goes with --method refl or imagerefl")
-    if args.monitor and not (args.judge or args.dino or row is settings.TINY):
+    if args.monitor and not (args.judge or args.dino or row is presets.TINY):
         raise ValueError("--monitor compares the reward with what is not trained on: give --judge, --dino, or both")
     if (args.stop_on_collapse or args.dino) and not args.monitor:
         raise ValueError(f"--{'dino' if args.dino else 'stop-on-collapse'} goes with --monitor N")
@@ -182,7 +178,7 @@ def rate(args, update: int) -> float:
     return args.lr * warm * decay
 
 
-def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
+def load_models(args, row: presets.Settings, config: dict) -> SimpleNamespace:
     """Everything with weights: `unet` trains, the rest is frozen; None for what the method does not need."""
     device, tunes = args.device, args.method != "diffusion"
     frozen = cli.stored(args)
@@ -192,8 +188,8 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
         m.judge = rewards.build(args.judge, args.judge_weights, device) if args.judge else None
         if args.dino:
             m.features = metrics.dino_features(args.dino, device=device)
-        elif row is settings.TINY:
-            m.features = metrics.clip_features(settings.FEATURES, device)
+        elif row is presets.TINY:
+            m.features = metrics.clip_features(presets.FEATURES, device)
     m.text = weights.load_text(args.base, device, frozen)
     m.vae = fold(weights.load_vae(args.base, device, frozen).requires_grad_(False))
     if args.text_on_cpu:
@@ -210,7 +206,7 @@ def load_models(args, row: settings.Settings, config: dict) -> SimpleNamespace:
         m.parameters, m.tuned = list(m.unet.parameters()), m.unet
         m.base = copy.deepcopy(m.unet).to("cpu", frozen).requires_grad_(False) if tunes else None  # until it samples
         if tunes and device == "cpu" and not args.compile:
-            packed.pack(m.base)
+            prepacked.pack(m.base)
         elif tunes:
             fold(m.base)
     if args.ema:
@@ -239,9 +235,9 @@ def compile_networks(args, m) -> None:
     x = torch.randn(args.batch_size, m.vae.config.latent_channels, side, side, generator=generator_of(args.seed))
     x = x.to(args.device).requires_grad_()
     conditioning = m.text(["a"] * args.batch_size, (args.resolution, args.resolution))
-    packed.to_compile(m.vae.decoder)
+    prepacked.to_compile(m.vae.decoder)
     if args.lora:
-        packed.to_compile(m.unet)
+        prepacked.to_compile(m.unet)
     net, decode = (torch.compile(f, dynamic=False) for f in (m.unet, m.vae.decode))  # a grid has other sizes
 
     def gradient(f, of: list) -> torch.Tensor:
@@ -346,14 +342,14 @@ def update_weights(args, m, optimizer, update: int, values: dict[str, float]) ->
 def main(args) -> None:
     if args.plan:
         return show_plan(args)
-    folder = runs.read(args) if args.resume else None
+    folder = run_folder.read(args) if args.resume else None
     config = weights.read_config(args.base, "unet")
-    row = settings.of(args.base, config)
+    row = presets.of(args.base, config)
     distributed.take_gpu()
     resolve(args, row)
     weights.check_resolution(args.base, args.resolution)
     if FIRST and not args.resume:
-        folder = runs.new_folder(args)
+        folder = run_folder.new_folder(args)
         cli.check_writable(folder)
     prompts = read_prompts(args.prompts) if args.prompts else list(row.prompts)
     if args.monitor and len(prompts) < 2:
@@ -367,7 +363,7 @@ def main(args) -> None:
         with distributed.group(args.device):
             m = load_models(args, row, config)
             with disk.lock(folder) if FIRST else nullcontext():
-                if FIRST and not args.resume and runs.new_folder(args) != folder:
+                if FIRST and not args.resume and run_folder.new_folder(args) != folder:
                     raise ValueError(f"{folder}: another process has trained there meanwhile; start again")
                 train(args, m, row, prompts, data, folder)
     except (RuntimeError, MemoryError) as error:
@@ -376,15 +372,15 @@ def main(args) -> None:
         raise ValueError(memory_advice(args, error)) from None
 
 
-def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Path | None) -> None:
+def train(args, m, row: presets.Settings, prompts: list[str], data, folder: Path | None) -> None:
     """All updates that are left, then the result; `folder` is the run's, None where another process writes it."""
     optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
-    mfu = plan.Meter(args, m.unet.config, m.vae.config) if args.device != "cpu" else None
+    mfu = cost.Meter(args, m.unet.config, m.vae.config) if args.device != "cpu" else None
     modules = {"unet": torch.nn.ParameterList(m.parameters) if args.lora else m.unet}
     modules |= {"ema": m.ema} if m.ema else {}
     progress = {"update": 0, "position": 0, "skipped": 0, "in_a_row": 0}
     if args.resume:
-        progress |= state.load_newest(Path(args.resume) / "states", modules, optimizer)
+        progress |= checkpoint.load_newest(Path(args.resume) / "states", modules, optimizer)
         if isinstance(m.net, Rollout):
             m.net.refresh()
     ahead = distributed.COUNT if args.device != "cpu" else 0  # a CPU has its hands full
@@ -392,7 +388,7 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
     cache = encode_all(args, m.vae, data) if args.cache_latents else None
     about = {}
     if FIRST:
-        about = runs.begin(args, folder, progress["update"])
+        about = run_folder.begin(args, folder, progress["update"])
         look_at_start(args, m, row, prompts, about, progress["update"], folder)
     first, saved = progress["update"], time.time()
     left = range(first, args.steps)
@@ -412,7 +408,7 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
             taken = update_weights(args, m, optimizer, update, values)
             values["seconds"] = round(time.time() - began, 4)
             if args.device != "cpu":
-                values["peak_gb"] = round(torch.cuda.max_memory_allocated() / plan.GB, 2)
+                values["peak_gb"] = round(torch.cuda.max_memory_allocated() / cost.GB, 2)
             if mfu:
                 values["mfu"] = round(mfu(kind_of(args, update), values["seconds"]) / distributed.COUNT, 4)
             asked = range(progress["position"], progress["position"] + args.batch_size * args.accumulate)
@@ -425,13 +421,13 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
             last = bool(stop) or collapsed or update + 1 == args.steps
             stuck = not taken and progress["in_a_row"] % SKIPS == 0
             saves = last or late or stuck or (update + 1) % args.save_every == 0
-            tensors = state.tensors_of(modules, optimizer) if saves and (FIRST or args.shard) else {}
+            tensors = checkpoint.tensors_of(modules, optimizer) if saves and (FIRST or args.shard) else {}
             if FIRST:
                 line = {"update": update + 1, "kind": kind_of(args, update), "lr": rate(args, update)} | values
-                runs.note(folder, line, progress, [] if taken else [stream.index(n) for n in asked])
+                run_folder.note(folder, line, progress, [] if taken else [stream.index(n) for n in asked])
                 bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
                 if saves:
-                    runs.save(folder, tensors, progress, args.keep, last)
+                    run_folder.save(folder, tensors, progress, args.keep, last)
                     saved = time.time()
                 if args.sample_every and ((last and not stop) or (update + 1) % args.sample_every == 0):
                     monitor.show(args, m, row, prompts, folder / "samples" / f"step-{update + 1:06d}.png")
@@ -454,23 +450,23 @@ def train(args, m, row: settings.Settings, prompts: list[str], data, folder: Pat
         m.unet = m.net.copy.float()
         m.net.refresh()
     if FIRST:
-        runs.save_result(args, m, folder, progress["update"])
+        run_folder.save_result(args, m, folder, progress["update"])
         if args.method != "diffusion":
             compare(args, m, row, prompts, about, folder)
-        runs.describe(folder, about | {"finished": True})
+        run_folder.describe(folder, about | {"finished": True})
         print(f"written to {folder}")
 
 
-def look_at_start(args, m, row: settings.Settings, prompts: list[str], about: dict, update: int, folder: Path) -> None:
+def look_at_start(args, m, row: presets.Settings, prompts: list[str], about: dict, update: int, folder: Path) -> None:
     """Show what training begins with, and note how it does where that is to be watched and is not known."""
     if args.monitor and "monitor" not in about:
         monitor.look(args, m, row, prompts, about, update, {})
-    runs.describe(folder, about)
+    run_folder.describe(folder, about)
     if args.sample_every and not update:
         monitor.show(args, m, row, prompts, folder / "samples" / "step-000000.png")
 
 
-def compare(args, m, row: settings.Settings, prompts: list[str], about: dict, folder: Path) -> None:
+def compare(args, m, row: presets.Settings, prompts: list[str], about: dict, folder: Path) -> None:
     """Say how the samples have changed, and how to use the result."""
     switch = row.switch[args.method]
     switches = {"base": len(SCHEDULER.steps), "tuned": 0, f"--switch {switch}": switch}
@@ -500,10 +496,10 @@ def memory_advice(args, error: Exception) -> str:
 
 def show_plan(args) -> None:
     """What a run with these flags would cost. Needs neither weights nor data."""
-    unet, vae = plan.configs(args.base)
+    unet, vae = cost.configs(args.base)
     args.data = args.data or "."
-    resolve(args, settings.of(args.base, unet.to_dict()))
-    for line in plan.report(args, unet, vae):
+    resolve(args, presets.of(args.base, unet.to_dict()))
+    for line in cost.report(args, unet, vae):
         print(line, flush=True)
 
 

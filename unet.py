@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upsample import Upsample
+from speed.fused_upsample import Upsample
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scheduler import randn
-from upsample import Upsample
+from speed.fused_upsample import Upsample
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import cli
-import disk
-import files
-import layouts
-import lora
 import unet as unets
 import vae as vaes
-from files import find, read_file  # noqa: F401 - both belong to what this file offers
-from text import TextEncoder
+from pretrained import key_names, lora, weight_files
+from pretrained.text_encoder import TextEncoder
+from pretrained.weight_files import find, read_file  # noqa: F401 - both belong to what this file offers
 from unet import UNet, UNetConfig
+from utils import cli, disk
 from vae import VAE, VAEConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -41,9 +38,9 @@ def check_prediction(place: Path) -> None:
     """Raises ValueError where a UNet is marked as one that does not predict the noise."""
     if place.is_dir():
         beside = place.parent / "scheduler" / "scheduler_config.json"
-        kind = files.read_json(beside).get("prediction_type", "epsilon") if beside.is_file() else "epsilon"
+        kind = weight_files.read_json(beside).get("prediction_type", "epsilon") if beside.is_file() else "epsilon"
     else:
-        kind = "v_prediction" if "v_pred" in files.read(place) else "epsilon"
+        kind = "v_prediction" if "v_pred" in weight_files.read(place) else "epsilon"
     if kind != "epsilon":
         raise ValueError(f"{place}: prediction_type {kind}; what works here predicts the noise, epsilon")
 
@@ -54,14 +51,14 @@ def read_config(source: str | Path, component: str = "unet") -> dict:
     if component == "unet":
         check_prediction(place)
     if place.is_dir():
-        return files.read_json(place / "config.json")
-    stored = json.loads(files.read_metadata(place).get("config", "{}"))
+        return weight_files.read_json(place / "config.json")
+    stored = json.loads(weight_files.read_metadata(place).get("config", "{}"))
     if component in stored:
         return stored[component]
     beside = place.parent / "config.json"
-    if place.name.startswith(files.STEMS) and beside.is_file():
-        return files.read_json(beside)
-    xl = "SDXL" in layouts.looks_like(files.read(place))
+    if place.name.startswith(weight_files.STEMS) and beside.is_file():
+        return weight_files.read_json(beside)
+    xl = "SDXL" in key_names.looks_like(weight_files.read(place))
     published = {
         "unet": (unets.SDXL if xl else unets.SD15).to_dict(),
         "vae": (vaes.SDXL if xl else vaes.SD15).to_dict(),
@@ -81,7 +78,7 @@ def check(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -
         if key in tensors and tensors[key].shape != t.shape
     ]
     if wrong:
-        looks = layouts.looks_like(files.read(path) if path.exists() else tensors)
+        looks = key_names.looks_like(weight_files.read(path) if path.exists() else tensors)
         raise ValueError(f"{path}: {len(wrong)} keys do not fit: {'; '.join(wrong[:3])}; the file looks like {looks}")
 
 
@@ -91,10 +88,10 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: str | Pat
     module.load_state_dict(tensors, assign=True)
 
 
-def read_as(expected: dict[str, Tensor], place: Path, known: list[layouts.Layout]) -> dict[str, Tensor]:
+def read_as(expected: dict[str, Tensor], place: Path, known: list[key_names.Layout]) -> dict[str, Tensor]:
     """The tensors of a place under the names of a module, by the layout that fits best. All are views of the file."""
-    tensors = layouts.unfuse(files.read(place))
-    prefix, names = layouts.closest(tensors, known)
+    tensors = key_names.unfuse(weight_files.read(place))
+    prefix, names = key_names.closest(tensors, known)
     ours = {name: key for key, name in names.items()}
     own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     own = {ours.get(name, name): t for name, t in own.items()}
@@ -120,7 +117,7 @@ def converted(read: Callable[[], dict[str, Tensor]], device: str, dtype: torch.d
     return done
 
 
-def fill(module: nn.Module, place: Path, known: list[layouts.Layout], device: str, dtype: torch.dtype) -> nn.Module:
+def fill(module: nn.Module, place: Path, known: list[key_names.Layout], device: str, dtype: torch.dtype) -> nn.Module:
     """Give a module on the meta device the weights of a place, strictly."""
     expected = module.state_dict()
     load_strictly(module, converted(lambda: read_as(expected, place, known), device, dtype), place)
@@ -131,7 +128,7 @@ def load_unet(source: str | Path, device: str = "cpu", dtype: torch.dtype = torc
     """The UNet of a source: "tiny", "sd15", "sdxl", a folder (a pipeline's or its own), a single file or a hub id."""
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(read_config(source, "unet")))
-    return fill(unet, find(source, "unet"), layouts.of_unet(unet.state_dict(), unet.config), device, dtype)
+    return fill(unet, find(source, "unet"), key_names.of_unet(unet.state_dict(), unet.config), device, dtype)
 
 
 def load_vae(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
@@ -140,7 +137,7 @@ def load_vae(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch
         vae = VAE(VAEConfig.from_dict(read_config(source, "vae")))
     if vae.config.scale == vaes.SDXL.scale and dtype == torch.float16:
         raise ValueError(f"{source}: SDXL's autoencoder overflows in float16; load it in bfloat16 or float32")
-    return fill(vae, find(source, "vae"), layouts.of_vae(vae.state_dict(), vae.config), device, dtype)
+    return fill(vae, find(source, "vae"), key_names.of_vae(vae.state_dict(), vae.config), device, dtype)
 
 
 def load_text(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> TextEncoder:
@@ -149,10 +146,10 @@ def load_text(source: str | Path, device: str = "cpu", dtype: torch.dtype = torc
 
     models = [load_clip(source, "text_encoder", device, dtype)]
     place = find(source, "text_encoder")
-    tokenizers = [CLIPTokenizer.from_pretrained(files.find_tokenizer(place, "tokenizer"), local_files_only=True)]
+    tokenizers = [CLIPTokenizer.from_pretrained(weight_files.find_tokenizer(place, "tokenizer"), local_files_only=True)]
     if has_second_text(source):
         models.append(load_clip(source, "text_encoder_2", device, dtype))
-        folder = files.find_tokenizer(place, "tokenizer_2")
+        folder = weight_files.find_tokenizer(place, "tokenizer_2")
         tokenizers.append(CLIPTokenizer.from_pretrained(folder, local_files_only=True, pad_token="!"))  # id 0
     return TextEncoder(models, tokenizers)
 
@@ -161,7 +158,7 @@ def has_second_text(source: str | Path) -> bool:
     """Whether the text of a source is encoded twice, as in SDXL."""
     place = find(source, "text_encoder")
     if place.is_file():
-        return any(key.startswith(layouts.CLIP_G) for key in files.read(place))
+        return any(key.startswith(key_names.CLIP_G) for key in weight_files.read(place))
     return (place.parent / "text_encoder_2").is_dir()
 
 
@@ -172,7 +169,7 @@ def load_clip(source: str | Path, component: str, device: str, dtype: torch.dtyp
     kind = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}[component]
     with torch.device("meta"):
         model = kind(CLIPTextConfig(**read_config(source, component)))
-    fill(model, find(source, component), layouts.of_text(model.state_dict()), device, dtype)
+    fill(model, find(source, component), key_names.of_text(model.state_dict()), device, dtype)
     for module in model.modules():
         if hasattr(module, "position_ids"):  # in no file, and still on the meta device
             module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]
@@ -192,10 +189,10 @@ def about(checkpoint: str | Path) -> dict:
     """What is known of how a model was tuned, such as `method` and `base`: the flags of a run, or its file's header."""
     run = Path(checkpoint) / "run.json"
     if run.is_file():
-        return files.read_json(run).get("args", {})
+        return weight_files.read_json(run).get("args", {})
     if own_base(checkpoint):
         return {"method": "imagerefl"}
-    return files.read_metadata(files.weight_files(find(checkpoint, "tuned_unet"))[0])
+    return weight_files.read_metadata(weight_files.weight_files(find(checkpoint, "tuned_unet"))[0])
 
 
 def check_resolution(base: str | Path, pixels: int) -> None:
@@ -224,7 +221,7 @@ def load_tuned(
     adapter's file. Raises ValueError when the tuned UNet takes text of another width than that of `base`.
     """
     place = find(checkpoint, "tuned_unet")
-    if place.is_file() and layouts.is_adapter(read_file(place)):
+    if place.is_file() and key_names.is_adapter(read_file(place)):
         unet = load_unet(base, device, dtype)
         lora.load(unet, place)
         prepare(unet)
@@ -310,19 +307,19 @@ def single_file(unet: UNet, base: str | Path, dtype: torch.dtype) -> dict[str, T
     """Every tensor of an LDM (SD1.5) or SGM (SDXL) file: a UNet, and the autoencoder and text encoders of a base."""
     vae = load_vae(base)
     own = unet.state_dict()
-    tensors = {layouts.UNET + layouts.unet_name(key, unet.config): t for key, t in own.items()}
+    tensors = {key_names.UNET + key_names.unet_name(key, unet.config): t for key, t in own.items()}
     for key, t in vae.state_dict().items():
         convolution = t.ndim == 2  # the layout's attention is made of 1x1 convolutions
-        tensors[layouts.VAE + layouts.vae_name(key, len(vae.config.channels))] = (
+        tensors[key_names.VAE + key_names.vae_name(key, len(vae.config.channels))] = (
             t[..., None, None] if convolution else t
         )
-    prefix = layouts.CLIP_L_SDXL if unet.config.pooled else layouts.CLIP_L
+    prefix = key_names.CLIP_L_SDXL if unet.config.pooled else key_names.CLIP_L
     first = load_clip(base, "text_encoder", "cpu", dtype).state_dict()
     tensors |= {f"{prefix}text_model.{key.removeprefix('text_model.')}": t for key, t in first.items()}
     if unet.config.pooled:
         second = load_clip(base, "text_encoder_2", "cpu", dtype).state_dict()
-        _, names = layouts.of_text(second)[1]
-        tensors |= layouts.fuse({layouts.CLIP_G + names[key]: t for key, t in second.items()})
+        _, names = key_names.of_text(second)[1]
+        tensors |= key_names.fuse({key_names.CLIP_G + names[key]: t for key, t in second.items()})
     return tensors
 
 
@@ -347,8 +344,11 @@ def inspect(path: Path) -> str:
     tensors = read_file(path)
     count = sum(t.numel() for t in tensors.values())
     types = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
-    lines = [f"{path}: {layouts.looks_like(tensors)}", f"{len(tensors)} tensors, {count:,} numbers, {', '.join(types)}"]
-    lines += [f"{key}: {value[:100]}" for key, value in files.read_metadata(path).items()]
+    lines = [
+        f"{path}: {key_names.looks_like(tensors)}",
+        f"{len(tensors)} tensors, {count:,} numbers, {', '.join(types)}",
+    ]
+    lines += [f"{key}: {value[:100]}" for key, value in weight_files.read_metadata(path).items()]
     return "\n".join(lines)
 
 
@@ -359,8 +359,8 @@ def convert(source: str, path: str, layout: str, dtype: torch.dtype, base: str |
     """
     place, about = find(source, "tuned_unet"), Path(source) / "run.json"
     if base is None and about.is_file():
-        base = files.read_json(about)["args"]["base"]
-    if place.is_file() and layouts.is_adapter(read_file(place)):
+        base = weight_files.read_json(about)["args"]["base"]
+    if place.is_file() and key_names.is_adapter(read_file(place)):
         if base is None:
             raise ValueError(f"{place}: an adapter needs --base, the model that it adapts")
         unet = load_unet(base)

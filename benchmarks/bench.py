@@ -28,21 +28,20 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-import packed
-import plan
-import reward_models
 import rewards
-import settings
 import unet as unets
 import vae as vaes
-from cli import Parser, positive, run
 from combined import guided, plain
 from imagerefl import imagerefl_loss
+from pretrained import reward_networks
 from refl import LAST, draw_step, refl_loss
-from rollout import Rollout
 from scheduler import Scheduler, denoise, randn
+from speed import prepacked
+from speed.fused_upsample import fold
+from speed.inference_copy import Rollout
 from train import ADAM_EPS
-from upsample import fold
+from training import cost, presets
+from utils.cli import Parser, positive, run
 
 WORK = ("unet-sd15", "unet-sdxl", "decode", "sample", "sample-guided", "refl", "imagerefl")
 MIDDLE_UNET = replace(unets.SD15, channels=(128, 256, 512, 512))  # a sixth of SD1.5's arithmetic
@@ -197,13 +196,13 @@ def tensors_of(*things) -> list[Tensor]:
 def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> tuple[dict[str, Side], float, str]:
     """One forward pass of a UNet: the sides, their disagreement, and what is done in words."""
     pair = both_unets(config, args.device)
-    quick = packed.view(pair[0])
+    quick = prepacked.view(pair[0])
     x = randn((1, config.latent_channels, side, side), torch.Generator().manual_seed(2), args.device)
     given = conditioning_of(config, 1, args.device, torch.float32)
     with torch.no_grad():
         error = apart(quick(x, 500, **given), pair[1](x, 500, **in_their_words(given))[0], 1e-4)
     ours, theirs = lowered(pair, sizes.dtype)
-    packed.forget(quick)
+    prepacked.forget(quick)
     x = x.expand(sizes.batch, -1, -1, -1).to(sizes.dtype).contiguous()
     given = conditioning_of(config, sizes.batch, args.device, sizes.dtype)
     t = torch.full((sizes.batch,), 500, device=args.device)
@@ -221,7 +220,7 @@ def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> tuple[di
         last = copy.deepcopy(ours).to(memory_format=torch.channels_last)
         sides["channels_last"] = Side(lambda: last(x, t, **given), lambda: tensors_of(last))
     if args.compile:
-        net = torch.compile(packed.to_compile(copy.deepcopy(ours)))
+        net = torch.compile(prepacked.to_compile(copy.deepcopy(ours)))
         best = both_unets(config, args.device)[1].to(sizes.dtype)
         their_best(best)
         sides["ours compiled"] = Side(lambda: net(x, t, **given), kept)
@@ -233,12 +232,12 @@ def decode(args, sizes: Sizes) -> tuple[dict[str, Side], float, str]:
     """Latents to images by SD1.5's autoencoder."""
     config = sizes.vae if args.sizes == "tiny" else vaes.SD15
     pair = both_vaes(config, args.device)
-    quick = packed.view(pair[0])
+    quick = prepacked.view(pair[0])
     z = randn((1, config.latent_channels, *[sizes.side_decode] * 2), torch.Generator().manual_seed(2), args.device)
     with torch.no_grad():
         error = apart(quick.decode(z), pair[1].decode(z / config.scale, return_dict=False)[0], 1e-4)
     ours, theirs = lowered(pair, sizes.dtype)
-    packed.forget(quick)
+    prepacked.forget(quick)
     z = z.expand(sizes.batch, -1, -1, -1).to(sizes.dtype).contiguous()
 
     def kept() -> list[Tensor]:
@@ -251,7 +250,7 @@ def decode(args, sizes: Sizes) -> tuple[dict[str, Side], float, str]:
     if args.device == "cpu":
         sides["ours, not packed"] = Side(lambda: ours.decode(z), kept)
     if args.compile:
-        compiled = torch.compile(packed.to_compile(copy.deepcopy(ours)).decode)
+        compiled = torch.compile(prepacked.to_compile(copy.deepcopy(ours)).decode)
         best = both_vaes(config, args.device)[1].to(sizes.dtype)
         their_best(best, "decode")
         sides["ours compiled"] = Side(lambda: compiled(z), kept)
@@ -293,10 +292,10 @@ def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float,
             num_inference_steps=40, guidance_scale=guidance, eta=1.0, generator=seeds(len(x)), output_type="latent",
         ).images  # fmt: skip
 
-    once, quick = inputs(1, torch.float32), packed.view(pair[0])
+    once, quick = inputs(1, torch.float32), prepacked.view(pair[0])
     error = apart(by_us(quick, *once), by_them(pipeline(pair[1]), *once), 1e-3)
     unet, made = lowered(pair, sizes.dtype)[0], pipeline(pair[1])
-    packed.forget(quick)
+    prepacked.forget(quick)
     given = inputs(sizes.batch, sizes.dtype)
 
     def kept() -> list[Tensor]:
@@ -324,15 +323,15 @@ def reward_of(args) -> tuple[Callable, Callable]:
     that rounds it to bf16, as training has it."""
     if args.sizes != "gpu":
         return rewards.load("tiny", device=args.device), lambda: None
-    network = reward_models.blank("hpsv2.1")
-    network = reward_models.fill(network, random_weights(network.state_dict(), "cpu"), "random").to(args.device)
+    network = reward_networks.blank("hpsv2.1")
+    network = reward_networks.fill(network, random_weights(network.state_dict(), "cpu"), "random").to(args.device)
     text = torch.nn.functional.normalize(torch.ones(1, network.config.projection_dim, device=args.device), dim=-1)
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            return network(reward_models.preprocess(images, 224), text)
+            return network(reward_networks.preprocess(images, 224), text)
 
-    return reward, lambda: reward_models.lower(network, torch.bfloat16)
+    return reward, lambda: reward_networks.lower(network, torch.bfloat16)
 
 
 def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
@@ -421,7 +420,7 @@ def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
         optimizer = torch.optim.AdamW(mine.parameters(), 1e-6, eps=ADAM_EPS, fused=True)
         net, kept = torch.compile(mine) if compiled else mine, [mine, own, optimizer]
         if compiled:
-            packed.to_compile(own.decoder)
+            prepacked.to_compile(own.decoder)
             own.decode = torch.compile(own.decode)
         net = Rollout(net, mine, None if args.device == "cpu" else frozen, compiled)
         kept += [] if args.device == "cpu" else [net.copy]
@@ -510,9 +509,9 @@ def machine(args) -> dict:
     about |= {"cpu": cpu[0].split(":")[1].strip() if cpu else platform.machine(), "cores": os.cpu_count()}
     if args.device != "cpu":
         about["gpu"] = torch.cuda.get_device_name()
-    about["bf16_tflops"] = round(plan.matrix_rate(args.device) / 1e12, 3)
+    about["bf16_tflops"] = round(cost.matrix_rate(args.device) / 1e12, 3)
     about |= {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
-    return about | {"imagerefl": settings.VERSION}
+    return about | {"imagerefl": presets.VERSION}
 
 
 def table(about: dict, rows: list[dict]) -> str:
@@ -524,7 +523,7 @@ def table(about: dict, rows: list[dict]) -> str:
         "theirs, their eager one is taken. Peak: what a side keeps (weights, optimizer) and what the call takes beside",
         "it, GB. Difference: of the float32 results, by norm. Rate: diffusers' arithmetic in the time of our fastest",
         "side, as a share of the device's measured bf16 matrix rate; ours is up to 15 % less. A dash: not measured. On",
-        "a CPU ours are packed, as in `sample.py` (`packed.py`); the JSON file also has them as they are.",
+        "a CPU ours are packed, as in `sample.py` (`speed/prepacked.py`); the JSON file also has them as they are.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
@@ -570,7 +569,7 @@ def main(args: argparse.Namespace) -> None:
         torch.compiler.reset()  # else sizes that differ from those before are compiled as unknown ones
         sides, difference, words = work[name]()
         training = name in ("refl", "imagerefl")
-        with torch.set_grad_enabled(training), plan.counter() as counted:
+        with torch.set_grad_enabled(training), cost.counter() as counted:
             sides["diffusers"].run()
         row = {"work": name, "words": words, "difference": difference, "tflop": counted.get_total_flops() / 1e12}
         with torch.set_grad_enabled(training):

@@ -40,10 +40,10 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-import plan
 import unet as unets
 import vae as vaes
-from upsample import fold
+from speed.fused_upsample import fold
+from training import cost
 
 BATCH = 8
 SIDE = 64  # of the latents
@@ -117,7 +117,7 @@ def counted(make: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor], 
                 return call(network)
 
         settings = {"fw_compiler": compiler, "inference_compiler": compiler, "decompositions": select_decomp_table()}
-        with plan.counter() as counter:
+        with cost.counter() as counter:
             whole(given)
         aot.aot_function(whole, **settings)(given)
     return found | {"TFLOP": counter.get_total_flops() / 1e12}

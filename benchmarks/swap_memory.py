@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import packed
 import weights
 from combined import generate, switch_weights
 from scheduler import Scheduler
+from speed import prepacked
 from unet import SD15, UNet
 
 WAYS = ("one model", "swapped", "two models")
@@ -45,10 +45,10 @@ def peak(way: str, base: Path, tuned: Path) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until here
     how = ("cpu", torch.bfloat16)
     if way == "swapped":
-        models = weights.swapped(base, tuned, *how, packed.pack)
+        models = weights.swapped(base, tuned, *how, prepacked.pack)
     else:
-        models = [packed.pack(weights.load_unet(base, *how))]
-        models += [packed.pack(weights.load_unet(tuned, *how))] if way == "two models" else models
+        models = [prepacked.pack(weights.load_unet(base, *how))]
+        models += [prepacked.pack(weights.load_unet(tuned, *how))] if way == "two models" else models
     vae = SimpleNamespace(factor=8, config=SimpleNamespace(latent_channels=4), decode=lambda x: x)
     asked = (Scheduler(2), switch_weights(2, 1), ["a"], [1], (64, 64), 1.0)
     generate(*models, vae, lambda prompts, size: {"context": torch.ones(len(prompts), 77, 768).bfloat16()}, *asked)

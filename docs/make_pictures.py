@@ -12,13 +12,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "reproduction"
 sys.path.insert(0, str(ROOT))
-import disk
-import settings
 import weights
 from combined import generate, switch_weights
-from data import EmojiSet
-from pictures import grid, save_png, to_pictures
 from scheduler import Scheduler
+from training import presets
+from training.data import EmojiSet
+from utils import disk
+from utils.images import grid, save_png, to_pictures
 
 
 def sample(checkpoint: str | None, switch: int, prompts: list[str], seeds: list[int]) -> list:
@@ -28,7 +28,7 @@ def sample(checkpoint: str | None, switch: int, prompts: list[str], seeds: list[
     vae, text = weights.load_vae("tiny"), weights.load_text("tiny")
     mixture, size = switch_weights(40, switch), (64, 64)
     return to_pictures(
-        generate(base, tuned, vae, text, Scheduler(40), mixture, prompts, seeds, size, settings.TINY.guidance)
+        generate(base, tuned, vae, text, Scheduler(40), mixture, prompts, seeds, size, presets.TINY.guidance)
     )
 
 

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import disk
 import weights
 from unet import UNet, UNetConfig
+from utils import disk
 from vae import VAE, VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"

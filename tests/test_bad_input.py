@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from recipe import GOLDEN, mini_base
 
-import cli
 import evaluate
 import rewards
 import sample
 import train
 import weights
-from settings import TUNED
+from training.presets import TUNED
+from utils import cli
 
 ROOT = Path(__file__).parent.parent
 CALL: dict[str, Callable[[list[str]], None]] = {

@@ -7,9 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-import pictures
-from data import BACKGROUNDS, Captions, EmojiSet, Pictures, Stream, open_data, read_coco, read_metadata, read_prompts
-from pictures import to_pictures, to_tensor
+from training.data import (
+    BACKGROUNDS,
+    Captions,
+    EmojiSet,
+    Pictures,
+    Stream,
+    open_data,
+    read_coco,
+    read_metadata,
+    read_prompts,
+)
+from utils import images as pictures
+from utils.images import to_pictures, to_tensor
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The documents name what exists: files, functions, flags, equation markers, and the numbers of `settings.py`."""
+"""The documents name what exists: files, functions, flags, equation markers, and the numbers of the presets."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import settings
+from training import presets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_TO_CODE = ROOT / "docs" / "paper_to_code.md"
@@ -57,9 +57,13 @@ def flags(path: Path) -> frozenset[str]:
     return frozenset(argument for argument in given if argument.startswith("--"))
 
 
+def code_files() -> list[Path]:
+    """All code but the tests."""
+    return [path for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")] if path.parent.name != "tests"]
+
+
 def all_flags() -> set[str]:
-    scripts = [*ROOT.glob("*.py"), *ROOT.glob("tiny/*.py"), *ROOT.glob("benchmarks/*.py")]
-    return {"--help"}.union(*map(flags, scripts))
+    return {"--help"}.union(*map(flags, code_files()))
 
 
 def code_of(text: str) -> list[str]:
@@ -102,7 +106,7 @@ def marked_functions(text: str) -> dict[int, tuple[str, str]]:
     """Equation -> the file and function whose row of the table has its marker."""
     found = {}
     for row in rows(text):
-        marker, place = re.fullmatch(r"`# Eq\. \((\d)\)`", row[-1]), re.search(r"`(\w+\.py):([\w.]+)`", row[-2])
+        marker, place = re.fullmatch(r"`# Eq\. \((\d)\)`", row[-1]), re.search(r"`([\w/]+\.py):([\w.]+)`", row[-2])
         if marker and place:
             found[int(marker[1])] = (place[1], place[2])
     return found
@@ -134,17 +138,19 @@ def test_each_equation_is_marked_in_the_function_that_the_document_names():
 
 
 def test_each_marker_stands_once_in_the_code():
-    code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in code_files())
     for number in EQUATIONS:
         assert len(re.findall(rf"  # Eq\. \({number}\)$", code, re.MULTILINE)) == 1, f"Eq. ({number})"
 
 
 def test_the_hyper_parameters_are_those_of_the_settings():
-    table = [row for row in rows(PAPER_TO_CODE.read_text(encoding="utf-8")) if "`settings.py:Settings." in row[-2]]
+    table = [
+        row for row in rows(PAPER_TO_CODE.read_text(encoding="utf-8")) if "`training/presets.py:Settings." in row[-2]
+    ]
     assert len(table) == 11
     for _, sd15, sdxl, where, _ in table:
-        field, key = re.fullmatch(r"`settings\.py:Settings\.(\w+)`(?:, `(\w+)`)?", where).groups()
-        for base, printed in ((settings.SD15, sd15), (settings.SDXL, sdxl)):
+        field, key = re.fullmatch(r"`training/presets\.py:Settings\.(\w+)`(?:, `(\w+)`)?", where).groups()
+        for base, printed in ((presets.SD15, sd15), (presets.SDXL, sdxl)):
             value = getattr(base, field)
             value = value[key] if key else value
             assert type(value)(printed) == value, f"{where}: {printed} in the document, {value} in the code"
@@ -165,7 +171,7 @@ def value_in_code(path: Path, name: str, flag: str | None) -> object:
 def test_the_constants_in_the_document_are_those_of_the_code():
     checked = 0
     for row in rows(PAPER_TO_CODE.read_text(encoding="utf-8")):
-        place, flag = re.fullmatch(r"`(\w+\.py):(\w+)`", row[-2]), re.match(r"`(--[\w-]+)`", row[-1])
+        place, flag = re.fullmatch(r"`([\w/]+\.py):(\w+)`", row[-2]), re.match(r"`(--[\w-]+)`", row[-1])
         value = value_in_code(ROOT / place[1], place[2], flag and flag[1]) if place and len(row) == 4 else None
         if isinstance(value, int | float):
             assert float(row[1]) == value, f"{row[-2]}: {row[1]} in the document, {value} in the code"

@@ -13,8 +13,8 @@ import evaluate
 import metrics
 import reproduce
 import rewards
-from pictures import to_tensor
-from settings import TUNED
+from training.presets import TUNED
+from utils.images import to_tensor
 
 SMALL = ["--steps", "4", "--limit", "3", "--images-per-prompt", "2", "--dtype", "float32"]
 
@@ -50,7 +50,7 @@ def test_values_are_those_of_the_images_on_disk(evaluated):
     asked = [p for p in asked for _ in range(2)]
     score = 0.1 * rewards.load("tiny2")(images, asked)
     assert point["values"]["tiny2"] == pytest.approx(metrics.mean_and_error(score, asked), abs=1e-5)
-    features = metrics.clip_features(evaluate.settings.FEATURES)(images)
+    features = metrics.clip_features(evaluate.presets.FEATURES)(images)
     expected = metrics.mean_and_error(metrics.group_diversity(features, asked))
     assert point["values"]["diversity"] == pytest.approx(expected, abs=1e-5)
 
@@ -85,8 +85,8 @@ def test_a_second_call_computes_only_what_is_missing(evaluated, monkeypatch):
 
 def test_measures_of_the_published_bases(tmp_path, monkeypatch):
     """SD1.5's row, on the tiny networks: without DINO and Inception they are named as missing, with them measured."""
-    row = replace(evaluate.settings.SD15, resolution=64, reward="tiny2", guidance=2.0)
-    monkeypatch.setattr(evaluate.settings, "of", lambda *_: row)
+    row = replace(evaluate.presets.SD15, resolution=64, reward="tiny2", guidance=2.0)
+    monkeypatch.setattr(evaluate.presets, "of", lambda *_: row)
     results = run(tmp_path / "few")
     assert [c["key"] for c in results["columns"]] == ["tiny2"]
     assert [note[:12] for note in results["notes"]] == ["No diversity", "No FID, CovD"]
@@ -132,13 +132,13 @@ def test_the_path_of_a_checkpoint_may_hold_an_equals_sign(tmp_path):
 def test_a_list_of_prompts_may_be_called_captions(tmp_path):
     (tmp_path / "captions.json").write_text('["octopus", "fox"]')
     args = evaluate.parse_args(["--prompts", str(tmp_path / "captions.json"), "--output-dir", str(tmp_path / "e")])
-    assert evaluate.resolve(args, evaluate.settings.TINY) == ["octopus", "fox"]
+    assert evaluate.resolve(args, evaluate.presets.TINY) == ["octopus", "fox"]
 
 
 def test_other_prompts_are_other_images(evaluated):
     folder, flags, results = evaluated
     args = evaluate.parse_args([*SMALL, *flags])
-    row = evaluate.settings.TINY
+    row = evaluate.presets.TINY
     evaluate.resolve(args, row)
     folders = [{p.folder for p in evaluate.points_of(args, row, prompts)} for prompts in (["octopus"], ["tiger"])]
     assert not folders[0] & folders[1]

@@ -20,12 +20,12 @@ OUTSIDE = {  # of a pass, where a run may wait: when it loads, saves and draws p
     "weights.py": {"converted", "save_unet"},
     "rewards.py": {"load"},
     "metrics.py": {"clip_features"},
-    "text.py": {"on_cpu"},
-    "reward_models.py": {"on_cpu"},
+    "pretrained/text_encoder.py": {"on_cpu"},
+    "pretrained/reward_networks.py": {"on_cpu"},
     "train.py": {"load_models", "update_weights", "train"},
-    "distributed.py": {"total", "collect"},
-    "lora.py": {"add", "save"},
-    "monitor.py": {"images_of", "scores_of"},
+    "utils/distributed.py": {"total", "collect"},
+    "pretrained/lora.py": {"add", "save"},
+    "training/monitor.py": {"images_of", "scores_of"},
 }
 
 pytestmark = [

@@ -12,13 +12,12 @@ import torch
 from recipe import fill, golden, golden_config, rnd
 from safetensors.torch import load_file, save_file
 
-import disk
-import files
-import lora
 import weights
 from combined import combine, plain, switch_weights
+from pretrained import lora, weight_files
 from scheduler import Scheduler
 from unet import UNet, UNetConfig
+from utils import disk
 
 ROOT = Path(__file__).parent.parent
 MINIS = pytest.mark.parametrize("name", ["unet_sd15_mini", pytest.param("unet_sdxl_mini", marks=pytest.mark.slow)])
@@ -181,7 +180,7 @@ def test_combined_generation_with_an_adapter_peaks_hardly_above_one_full_size_mo
     disk.write_text(base / "config.json", json.dumps(unet.config.to_dict()))
     lora.add(unet, 16)
     pairs = {f"unet.{key}": rnd(key, *t.shape) / 30 for key, t in adapter_tensors(unet).items()}
-    disk.write(run / files.ADAPTER, pairs)
+    disk.write(run / weight_files.ADAPTER, pairs)
     del tensors
     try:
         peak = {}
@@ -202,8 +201,8 @@ def test_combined_generation_with_an_adapter_peaks_hardly_above_one_full_size_mo
 def test_both_layouts_load_back_to_the_same_model(name, layout, tmp_path):
     unet = adapted(name, rank=3, alpha=5.0)
     lora.save(unet, tmp_path, layout, {"note": "mine"})
-    assert [path.name for path in tmp_path.iterdir()] == [files.ADAPTER]
-    assert files.read_metadata(tmp_path / files.ADAPTER)["note"] == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [weight_files.ADAPTER]
+    assert weight_files.read_metadata(tmp_path / weight_files.ADAPTER)["note"] == "mine"
     loaded = mini(name)
     parameters = lora.load(loaded, tmp_path)
     assert len(parameters) == len(adapter_tensors(unet))
@@ -215,7 +214,10 @@ def test_both_layouts_load_back_to_the_same_model(name, layout, tmp_path):
 def test_peft_names_and_metadata_are_those_that_diffusers_writes(tmp_path):
     unet = adapted(rank=4, alpha=2.0)
     lora.save(unet, tmp_path)
-    tensors, metadata = load_file(tmp_path / files.ADAPTER), files.read_metadata(tmp_path / files.ADAPTER)
+    tensors, metadata = (
+        load_file(tmp_path / weight_files.ADAPTER),
+        weight_files.read_metadata(tmp_path / weight_files.ADAPTER),
+    )
     assert tensors[f"unet.{LAYER}.lora_A.weight"].shape == (4, 48)
     assert tensors[f"unet.{LAYER}.lora_B.weight"].shape == (64, 4)
     config = json.loads(metadata["lora_adapter_metadata"])
@@ -237,7 +239,7 @@ def test_kohya_names_are_those_of_its_scripts(name, spelled, tmp_path):
     assert torch.equal(tensors[spelled + ".lora_down.weight"], unet.get_submodule(LAYER).lora_A.weight)
     assert torch.equal(tensors[spelled + ".lora_up.weight"], unet.get_submodule(LAYER).lora_B.weight)
     assert tensors[spelled + ".alpha"].item() == 2.0
-    metadata = files.read_metadata(tmp_path / "mine.safetensors")
+    metadata = weight_files.read_metadata(tmp_path / "mine.safetensors")
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
 
 
@@ -281,7 +283,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     save_file(pair, path, {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})})
     with pytest.raises(ValueError, match="DoRA"):
         lora.load(mini(), path)
-    with pytest.raises(FileNotFoundError, match=files.ADAPTER):
+    with pytest.raises(FileNotFoundError, match=weight_files.ADAPTER):
         lora.load(mini(), tmp_path)
 
 
@@ -305,7 +307,7 @@ def test_misuse_says_what_to_do_instead(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["", files.ADAPTER])
+@pytest.mark.parametrize("place", ["", weight_files.ADAPTER])
 def test_a_run_with_an_adapter_is_base_and_tuned_model_in_one(place, tmp_path):
     unet = adapted()
     weights.save_unet(mini(), tmp_path / "base" / "unet")

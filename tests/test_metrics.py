@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-import inception
 import metrics
+from pretrained import inception
 
 
 def normal(n, D, seed, scale=1.0):

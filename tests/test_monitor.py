@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import metrics
-import monitor
+from training import monitor
 
 
 def look(reward, judge, diversity, noise=0.01):

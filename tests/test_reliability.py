@@ -19,17 +19,14 @@ from recipe import mini_base
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import cli
-import disk
-import distributed
 import imagerefl
-import monitor
 import refl
 import rewards
-import state
 import train
 import weights
 from scheduler import Scheduler
+from training import checkpoint, monitor
+from utils import cli, disk, distributed
 
 ROOT = Path(__file__).parent.parent
 build, load_text = cache(rewards.build), cache(weights.load_text)
@@ -73,12 +70,12 @@ def timeless(folder) -> list[dict]:
 
 
 def newest(folder) -> Path:
-    return list(state.states(folder / "states").values())[-1]
+    return list(checkpoint.states(folder / "states").values())[-1]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
     """The same weights, moments and progress to the bit, and the same log."""
-    (left, info), (right, other) = state.read(newest(a)), state.read(newest(b))
+    (left, info), (right, other) = checkpoint.read(newest(a)), checkpoint.read(newest(b))
     assert info == other and left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
     for path in [*a.rglob("unet/*.safetensors"), *a.glob("pytorch_lora*")]:
@@ -214,8 +211,10 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_weights(kills, mini, tm
 
 
 def test_the_average_of_the_weights_does_not_remember_how_it_came_about(mini, tmp_path, fast, monkeypatch):
-    seen, save_result = [], train.runs.save_result
-    monkeypatch.setattr(train.runs, "save_result", lambda args, m, *rest: seen.append(m) or save_result(args, m, *rest))
+    seen, save_result = [], train.run_folder.save_result
+    monkeypatch.setattr(
+        train.run_folder, "save_result", lambda args, m, *rest: seen.append(m) or save_result(args, m, *rest)
+    )
     begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "2", "--ema", "0.9")
     assert not any(p.requires_grad or p.grad_fn for p in seen[0].ema.parameters())
 
@@ -236,32 +235,32 @@ def saved(folder: Path, updates, keep: int = 9):
     modules, optimizer = trained()
     for update in updates:
         modules["m"].bias.data.fill_(update)
-        state.save_newest(folder, state.tensors_of(modules, optimizer), {"update": update}, keep)
+        checkpoint.save_newest(folder, checkpoint.tensors_of(modules, optimizer), {"update": update}, keep)
     return modules, optimizer
 
 
 def test_the_last_few_states_are_kept(tmp_path):
     saved(tmp_path, [1, 2, 3, 4], keep=2)
-    assert list(state.states(tmp_path)) == [3, 4]
+    assert list(checkpoint.states(tmp_path)) == [3, 4]
     saved(tmp_path, [2], keep=2)  # gone back behind states that were damaged
-    assert list(state.states(tmp_path)) == [2]
+    assert list(checkpoint.states(tmp_path)) == [2]
 
 
 @pytest.mark.parametrize("damage", ["a bit", "half", "nothing left", "the header"])
 def test_a_damaged_state_is_recognised_and_the_one_before_is_taken(damage, tmp_path, capsys):
     modules, optimizer = saved(tmp_path, [1, 2])
-    path = state.states(tmp_path)[2]
+    path = checkpoint.states(tmp_path)[2]
     content = bytearray(path.read_bytes())
     content[-1 if damage == "a bit" else content.index(b"update") + 10] ^= 1
     length = {"half": len(content) // 2, "nothing left": 0}.get(damage, len(content))
     path.write_bytes(content[:length])
-    assert state.load_newest(tmp_path, modules, optimizer) == {"update": 1}
+    assert checkpoint.load_newest(tmp_path, modules, optimizer) == {"update": 1}
     assert modules["m"].bias.tolist() == [1, 1]
     error = capsys.readouterr().err
     assert "step-000002" in error and "damaged" in error and "taking the one before" in error
-    state.states(tmp_path)[1].write_bytes(b"")
+    checkpoint.states(tmp_path)[1].write_bytes(b"")
     with pytest.raises(ValueError, match="all 2 states are damaged"):
-        state.load_newest(tmp_path, modules, optimizer)
+        checkpoint.load_newest(tmp_path, modules, optimizer)
 
 
 def test_a_state_of_other_networks_loads_nothing(tmp_path):
@@ -269,7 +268,7 @@ def test_a_state_of_other_networks_loads_nothing(tmp_path):
     other = {"m": torch.nn.Linear(3, 4)}
     before = other["m"].weight.clone()
     with pytest.raises(ValueError, match="other networks: no m.weight"):
-        state.load_newest(tmp_path, other, torch.optim.AdamW(other["m"].parameters()))
+        checkpoint.load_newest(tmp_path, other, torch.optim.AdamW(other["m"].parameters()))
     assert torch.equal(other["m"].weight, before)
 
 
@@ -286,7 +285,7 @@ def test_a_full_disk_leaves_the_state_before_and_training_goes_on(mini, tmp_path
     assert "step-000003" in caught.value.filename and "GB needed" in caught.value.strerror
     error = capsys.readouterr().err
     assert "not saved, training goes on" in error and "step-000002" in error
-    assert state.read(newest(tmp_path / "run"))[1]["update"] == 1 and not list(tmp_path.rglob("*.tmp"))
+    assert checkpoint.read(newest(tmp_path / "run"))[1]["update"] == 1 and not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     monkeypatch.setattr(train, "SCHEDULER", Scheduler(12))
     resume(tmp_path / "run")
@@ -318,7 +317,7 @@ def test_a_run_in_use_is_refused_until_its_process_is_gone(mini, tmp_path, fast)
 
 def test_a_state_is_saved_after_minutes(mini, tmp_path, fast):
     begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "3", "--save-minutes", "0.000001", "--keep", "5")
-    assert list(state.states(tmp_path / "run" / "states")) == [1, 2, 3]
+    assert list(checkpoint.states(tmp_path / "run" / "states")) == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------ health
@@ -341,7 +340,7 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(mini, tmp_pa
     begin(mini, tmp_path / "two", "--method", "diffusion", "--steps", "2", "--ema", "0.5")
     row = log_of(tmp_path / "two")[1]
     assert row["skipped"] == 1 and row["grad_norm"] == "nan" and len(row["prompts"]) == 2
-    (before, _), (after, info) = state.read(newest(tmp_path / "one")), state.read(newest(tmp_path / "two"))
+    (before, _), (after, info) = checkpoint.read(newest(tmp_path / "one")), checkpoint.read(newest(tmp_path / "two"))
     assert all(torch.equal(before[key], after[key]) for key in before) and info["skipped"] == 1
     error = capsys.readouterr().err
     assert "update 2 skipped" in error and f"prompts {row['prompts']}" in error
@@ -353,7 +352,7 @@ def test_after_many_skips_in_a_row_the_run_stops_with_advice(mini, tmp_path, fas
     with pytest.raises(ValueError, match="2 updates in a row .* lower --lr.*--resume"):
         begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "9")
     assert [row.get("skipped") for row in log_of(tmp_path / "run")] == [None, 1, None, 2, 3]
-    assert state.read(newest(tmp_path / "run"))[1] | {"position": 0} == {
+    assert checkpoint.read(newest(tmp_path / "run"))[1] | {"position": 0} == {
         "update": 5, "position": 0, "skipped": 3, "in_a_row": 2,
     }  # fmt: skip
 
@@ -434,7 +433,7 @@ def test_two_processes_make_the_updates_of_one(flags, mini, tmp_path, fast):
     flags = [*flags, "--steps", "4"]
     assert two_processes(tmp_path, mini, flags) == [0, 0]
     begin(mini, tmp_path / "one", *flags)
-    (one, info), (two, other) = (state.read(newest(tmp_path / name)) for name in ("one", "two"))
+    (one, info), (two, other) = (checkpoint.read(newest(tmp_path / name)) for name in ("one", "two"))
     assert info == other
     for row, same in zip(timeless(tmp_path / "one"), timeless(tmp_path / "two"), strict=True):
         assert numbers(row) == pytest.approx(numbers(same), rel=1e-4)
@@ -488,8 +487,8 @@ def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, f
         assert numbers(row) == pytest.approx(numbers(same), rel=1e-4)
     start = weights.load_unet(mini).state_dict()
     for update in range(1, 5):
-        paths = [state.states(folder / "states")[update] for folder in (tmp_path / "one", two)]
-        (a, info), (b, same) = map(state.read, paths)
+        paths = [checkpoint.states(folder / "states")[update] for folder in (tmp_path / "one", two)]
+        (a, info), (b, same) = map(checkpoint.read, paths)
         assert info == same
         assert_same_updates(a, b, start)
     result = load_file(next(two.glob("unet/*.safetensors")))

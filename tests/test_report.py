@@ -16,8 +16,9 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-import report
+from report import page as report
 
+ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
 NASTY = ["<b>&\"'</b> {{grid}} \\1 $x", "naïve 鱼 🐙 \u202e \ud800 \x0b", "a | b", "octopus"]
 
@@ -304,9 +305,9 @@ def test_bad_results_are_told_in_one_line(tmp_path, content, message):
 
 
 def test_the_command_writes_the_page_or_says_why_not(tmp_path):
-    command = [sys.executable, str(Path(report.__file__)), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "report.page", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "results.json: not there" in done.stderr
     make(tmp_path)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "report.html").stat().st_size > 10_000, done.stderr

@@ -30,9 +30,9 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))
 
-import mps  # noqa: E402
-import reward_models as models  # noqa: E402
 import rewards  # noqa: E402
+from pretrained import mps  # noqa: E402
+from pretrained import reward_networks as models  # noqa: E402
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 

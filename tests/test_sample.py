@@ -141,7 +141,7 @@ def test_help_needs_no_torch(script):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["whole", "adapter"])
 def test_compiling_changes_no_image(checkpoint, tmp_path):
-    source = str(sample.settings.TUNED)
+    source = str(sample.presets.TUNED)
     if checkpoint == "whole":
         source = str(tmp_path / "unet")
         weights.save_unet(weights.load_unet("tiny"), Path(source), dtype=torch.float16)

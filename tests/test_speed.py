@@ -11,18 +11,16 @@ import torch
 from recipe import filled, golden, golden_config, rnd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-import lora
-import monitor
-import packed
-import plan
 import rewards
-import rollout
 import train
 import weights
 from combined import generate, switch_weights
+from pretrained import lora
 from refl import refl_loss
-from rollout import FEW, Rollout
 from scheduler import Scheduler
+from speed import inference_copy, prepacked
+from speed.inference_copy import FEW, Rollout
+from training import cost, monitor
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -58,28 +56,28 @@ def gradient_of(net, unet, vae) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_rollout_on_a_copy_of_the_same_precision_changes_nothing(unet, vae):
-    rollout = Rollout(unet, unet, torch.float32)
-    for ours, usual in zip(gradient_of(rollout, unet, vae), gradient_of(unet, unet, vae), strict=True):
+    inference_copy = Rollout(unet, unet, torch.float32)
+    for ours, usual in zip(gradient_of(inference_copy, unet, vae), gradient_of(unet, unet, vae), strict=True):
         assert torch.allclose(ours, usual, rtol=0, atol=1e-5 * usual.abs().max())
 
 
 def test_the_copy_takes_the_steps_without_gradients_alone(unet, vae):
-    rollout = Rollout(unet, unet, torch.float32)
-    rollout.copy.load_state_dict({key: 0 * t for key, t in unet.state_dict().items()})
-    assert not torch.equal(gradient_of(rollout, unet, vae)[1], gradient_of(unet, unet, vae)[1])
-    assert all(p.grad is None for p in rollout.copy.parameters())
-    rollout.refresh()
-    for ours, usual in zip(gradient_of(rollout, unet, vae), gradient_of(unet, unet, vae), strict=True):
+    inference_copy = Rollout(unet, unet, torch.float32)
+    inference_copy.copy.load_state_dict({key: 0 * t for key, t in unet.state_dict().items()})
+    assert not torch.equal(gradient_of(inference_copy, unet, vae)[1], gradient_of(unet, unet, vae)[1])
+    assert all(p.grad is None for p in inference_copy.copy.parameters())
+    inference_copy.refresh()
+    for ours, usual in zip(gradient_of(inference_copy, unet, vae), gradient_of(unet, unet, vae), strict=True):
         assert torch.allclose(ours, usual, rtol=0, atol=1e-5 * usual.abs().max())
 
 
 def test_a_bf16_copy_errs_no_more_than_autocast(unet):
-    x, rollout = rnd("x", 2, 4, 8, 8), Rollout(unet, unet)
+    x, inference_copy = rnd("x", 2, 4, 8, 8), Rollout(unet, unet)
     with torch.no_grad():
         exact = unet(x, 301, **TEXT)
         with torch.autocast("cpu", torch.bfloat16):
             usual = (unet(x, 301, **TEXT) - exact).norm() / exact.norm()
-            ours = (rollout(x, 301, **TEXT) - exact).norm() / exact.norm()
+            ours = (inference_copy(x, 301, **TEXT) - exact).norm() / exact.norm()
     assert 0 < ours < 1.5 * usual + 1e-3
 
 
@@ -127,7 +125,7 @@ def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatc
         m.net = Spy(m.unet, m.unet, dtype)
         return m
 
-    monkeypatch.setattr(rollout, "FEW", 0)
+    monkeypatch.setattr(inference_copy, "FEW", 0)
     monkeypatch.setattr(train, "Rollout", Spy)
     monkeypatch.setattr(train, "load_models", load)
     monkeypatch.setattr(monitor, "images_of", lambda *_: None)
@@ -137,8 +135,8 @@ def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatc
     assert len(seen) > 3 and all(seen)
 
 
-def packed_layers(network) -> list[packed.Packed]:
-    return [module for module in network.modules() if isinstance(module, packed.Packed)]
+def packed_layers(network) -> list[prepacked.Packed]:
+    return [module for module in network.modules() if isinstance(module, prepacked.Packed)]
 
 
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="layers are packed on x86")
@@ -156,15 +154,15 @@ def test_packed_layers_compute_what_they_did(name, vae):
         given |= {"pooled": g["text_embeds"], "time_ids": g["time_ids"]} if "text_embeds" in g else {}
     batch = {key: t.repeat(3, *[1] * (t.ndim - 1)) if t.ndim else t for key, t in given.items()}
     with torch.no_grad():
-        exact, ours = network(x, **given), packed.view(network)
+        exact, ours = network(x, **given), prepacked.view(network)
         assert packed_layers(ours) and torch.allclose(ours(x, **given), exact, rtol=0, atol=1e-5 * exact.abs().max())
         wide = x.repeat(3, 1, 1, 2)
         assert torch.allclose(ours(wide, **batch), network(wide, **batch), rtol=0, atol=1e-5 * exact.abs().max())
-        packed.forget(ours)
+        prepacked.forget(ours)
         with torch.autocast("cpu", torch.bfloat16):
             usual, low = ((net(x, **given) - exact).norm() / exact.norm() for net in (network, ours))
     assert 0 < low < 1.3 * usual
-    if packed.possible(torch.bfloat16):
+    if prepacked.possible(torch.bfloat16):
         assert {layer.packed.dtype for layer in packed_layers(ours)} == {torch.bfloat16}
 
 
@@ -172,10 +170,10 @@ def test_packed_layers_compute_what_they_did(name, vae):
 def test_a_packed_network_gives_its_own_weights_back(unet):
     weights_of, x = dict(unet.named_parameters()), rnd("x", 2, 4, 8, 8)
     with torch.no_grad():
-        view = packed.view(unet)
+        view = prepacked.view(unet)
         view(x, 1, **TEXT)
         assert {id(p) for p in view.parameters()} == {id(p) for p in weights_of.values()}
-        packed.pack(unet)(x, 1, **TEXT)
+        prepacked.pack(unet)(x, 1, **TEXT)
     with pytest.raises(RuntimeError, match="passes no gradient on"):
         unet(x.requires_grad_(), 1, **TEXT)
     assert {key for key in weights_of if "norm" not in key}.isdisjoint(dict(unet.named_parameters()))
@@ -185,25 +183,25 @@ def test_a_packed_network_gives_its_own_weights_back(unet):
 
 @x86
 def test_a_packed_view_follows_the_weights_when_told(unet):
-    x, rollout = rnd("x", 2, 4, 8, 8), Rollout(unet, unet, None)
+    x, inference_copy = rnd("x", 2, 4, 8, 8), Rollout(unet, unet, None)
 
     def after_few() -> torch.Tensor:
-        assert rollout(x, 301, **TEXT).requires_grad  # ends the pass before
+        assert inference_copy(x, 301, **TEXT).requires_grad  # ends the pass before
         with torch.no_grad():
             for _ in range(FEW):
-                rollout(x, 301, **TEXT)
-            return rollout(x, 301, **TEXT)
+                inference_copy(x, 301, **TEXT)
+            return inference_copy(x, 301, **TEXT)
 
     with torch.no_grad():
         for _ in range(FEW):
-            rollout(x, 301, **TEXT)
-    assert all(layer.packed is None for layer in packed_layers(rollout.copy))
+            inference_copy(x, 301, **TEXT)
+    assert all(layer.packed is None for layer in packed_layers(inference_copy.copy))
     before = after_few()
-    assert all(layer.packed is not None for layer in packed_layers(rollout.copy))
+    assert all(layer.packed is not None for layer in packed_layers(inference_copy.copy))
     with torch.no_grad():
         unet.conv_out.weight.mul_(2)
     assert torch.equal(after_few(), before)
-    rollout.refresh()
+    inference_copy.refresh()
     now = after_few()
     assert not torch.allclose(now, before, atol=1e-2)
     assert torch.allclose(now, unet(x, 301, **TEXT), rtol=0, atol=1e-5 * now.abs().max())
@@ -216,7 +214,7 @@ def test_adapters_keep_their_switch_among_packed_layers(unet):
         p.data.copy_(0.3 * rnd(f"adapter {i}", *p.shape))
     with torch.no_grad():
         expected = [half(x, 301, **TEXT) for half in lora.halves(unet)]
-        ours = [half(x, 301, **TEXT) for half in lora.halves(packed.pack(unet))]
+        ours = [half(x, 301, **TEXT) for half in lora.halves(prepacked.pack(unet))]
     assert packed_layers(unet) and not torch.allclose(*expected, atol=1e-2)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-5 * b.abs().max()) for a, b in zip(ours, expected, strict=True))
 
@@ -229,7 +227,7 @@ def test_where_layers_cannot_be_packed_they_run_as_they_are(unet, lacks, monkeyp
     else:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        network = packed.view(unet)
+        network = prepacked.view(unet)
         ours, usual = network(x, 301, **TEXT), unet(x, 301, **TEXT)
     assert all(layer.packed is None for layer in packed_layers(network))
     if lacks == "bf16":
@@ -240,9 +238,9 @@ def test_where_layers_cannot_be_packed_they_run_as_they_are(unet, lacks, monkeyp
 
 def test_a_view_that_is_folded_alone_follows_a_change_of_type(unet, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    view, x = packed.view(unet), rnd("x", 2, 4, 8, 8)
+    view, x = prepacked.view(unet), rnd("x", 2, 4, 8, 8)
     unet.double()
-    packed.forget(view)
+    prepacked.forget(view)
     with torch.no_grad():
         ours, usual = (net(x.double(), 301, TEXT["context"].double()) for net in (view, unet))
     assert torch.allclose(ours, usual, rtol=0, atol=1e-10)
@@ -284,16 +282,16 @@ def test_a_wrong_tuned_model_is_told_before_the_base_runs(tmp_path):
 def test_counted_flops_are_the_closed_form():
     conv, attention = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.functional.scaled_dot_product_attention
     x, q = torch.zeros(2, 3, 4, 4), torch.zeros(1, 2, 10, 8)
-    assert plan.count(conv, x) == 2 * (2 * 8 * 16) * (3 * 9)
-    assert plan.count(attention, q, q, q) == 2 * 2 * (2 * 10 * 10 * 8)
+    assert cost.count(conv, x) == 2 * (2 * 8 * 16) * (3 * 9)
+    assert cost.count(attention, q, q, q) == 2 * 2 * (2 * 10 * 10 * 8)
     wanted = q.clone().requires_grad_()
-    assert plan.count(attention, wanted, wanted, wanted, backward=True) == 3 * 2 * 2 * (2 * 10 * 10 * 8)
+    assert cost.count(attention, wanted, wanted, wanted, backward=True) == 3 * 2 * 2 * (2 * 10 * 10 * 8)
 
 
 def test_the_cost_of_an_image_adds_up():
     """34.5 steps on average before ReFL's last one, for ImageReFL 4.5, nine times in ten with a free first one."""
     names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
-    costs = plan.per_image(dict(zip(names, (1, 3, 6, 2, 0.5), strict=True)))
+    costs = cost.per_image(dict(zip(names, (1, 3, 6, 2, 0.5), strict=True)))
     assert costs["refl"] == 34.5 + 3 + 6 + 0.5
     assert costs["imagerefl"] == 2 + 3.6 + 3 + 6 + 0.5 + 3
     assert costs["3:1 mix"] == (3 * costs["imagerefl"] + costs["refl"]) / 4
@@ -308,12 +306,12 @@ def test_a_reward_that_looks_at_a_condition_has_a_plan(capsys):
 def test_a_reward_that_looks_at_a_condition_runs_without_data():
     args = SimpleNamespace(method="refl", reward="mps", reward_weights=None)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        m = plan.build(args, CONFIG, SMALL_VAE)
+        m = cost.build(args, CONFIG, SMALL_VAE)
         assert m.reward(torch.zeros(2, 3, 16, 16), ["a", "b"]).shape == (2,)
 
 
 def test_followed_allocations_are_those_of_the_tensors():
-    with plan.Allocations() as memory:
+    with cost.Allocations() as memory:
         a = torch.empty(1000)
         b = (a + 1) + 2  # two more, one of which is given back
         assert (memory.now, memory.peak) == (8000, 12000)
@@ -327,7 +325,7 @@ def test_followed_allocations_are_those_of_the_tensors():
 def test_tensors_without_data_need_the_memory_of_real_ones():
     peaks = []
     for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
-        with mode, plan.Allocations() as memory:
+        with mode, cost.Allocations() as memory:
             loss = UNet(CONFIG)(torch.zeros(4, 4, 16, 16), 5, torch.zeros(4, 5, 16)).square().mean()
             loss.backward()
         peaks.append(memory.peak)
@@ -341,7 +339,7 @@ def test_memory_of_adapters_is_that_of_a_bf16_unet_and_of_what_an_image_needs():
     args = {"method": "diffusion", "reward_weights": None, "resolution": 16}
     frozen = sum(p.nbytes for p in UNet(config).parameters()) / 2
     (all_kept, _), (kept, one), (_, two) = (
-        plan.peak_memory(SimpleNamespace(**args, lora=rank), config, SMALL_VAE, batch, "text-on-cpu")
+        cost.peak_memory(SimpleNamespace(**args, lora=rank), config, SMALL_VAE, batch, "text-on-cpu")
         for rank, batch in ((None, 1), (1, 1), (1, 2))
     )
     assert all_kept - kept == pytest.approx(8 * frozen, rel=0.03)  # float32, gradients, two moments and the copy
@@ -351,7 +349,7 @@ def test_memory_of_adapters_is_that_of_a_bf16_unet_and_of_what_an_image_needs():
 def test_norms_are_float32_as_on_a_gpu_also_where_recomputed():
     unet = UNet(CONFIG)
     unet.checkpointing = True
-    with FakeTensorMode(allow_non_fake_inputs=True), plan.norms_in_float32():
+    with FakeTensorMode(allow_non_fake_inputs=True), cost.norms_in_float32():
         norm = torch.nn.GroupNorm(2, 4)
         with torch.autocast("cpu", torch.bfloat16):
             assert norm(torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16)).dtype == torch.float32
@@ -362,14 +360,14 @@ def test_norms_are_float32_as_on_a_gpu_also_where_recomputed():
 def test_the_plan_names_settings_that_fit(monkeypatch, capsys):
     """Neither weights nor data are needed; recomputing begins where fewer than four images would fit."""
     names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
-    need = dict(zip(plan.SAVINGS, [(20, 9), (15, 3), (14, 1), (12, 1)], strict=True))  # GB, and more for an image
+    need = dict(zip(cost.SAVINGS, [(20, 9), (15, 3), (14, 1), (12, 1)], strict=True))  # GB, and more for an image
 
     def peak(args, unet, vae, batch, flags):
         fixed, each = need[flags]
-        return 0, (fixed + each * batch) * plan.GB
+        return 0, (fixed + each * batch) * cost.GB
 
-    monkeypatch.setattr(plan, "flops", lambda *_: dict.fromkeys(names, 1e12))
-    monkeypatch.setattr(plan, "peak_memory", peak)
+    monkeypatch.setattr(cost, "flops", lambda *_: dict.fromkeys(names, 1e12))
+    monkeypatch.setattr(cost, "peak_memory", peak)
     train.main(train.parse_args(["--base", "sd15", "--plan"]))
     out = capsys.readouterr().out
     for gigabytes, settings in {
@@ -416,14 +414,14 @@ def test_nothing_in_a_pass_waits_for_the_gpu(unet, vae):
 
     def one_pass():
         with torch.autocast("cuda", torch.bfloat16):
-            loss, _ = refl_loss(rollout, vae, brightness, SCHEDULER, (2, 4, 4, 4), text, ["a", "b"], seeded())
+            loss, _ = refl_loss(inference_copy, vae, brightness, SCHEDULER, (2, 4, 4, 4), text, ["a", "b"], seeded())
         loss.backward()
 
-    rollout = Rollout(unet, unet)
+    inference_copy = Rollout(unet, unet)
     one_pass()  # libraries set themselves up
     torch.cuda.set_sync_debug_mode("error")
     try:
         one_pass()
-        rollout.refresh()
+        inference_copy.refresh()
     finally:
         torch.cuda.set_sync_debug_mode("default")

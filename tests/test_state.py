@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-import disk
-import state
+from training import checkpoint
+from utils import disk
 
 
 def trained(steps: int, module=None, optimizer=None):
@@ -19,10 +19,10 @@ def trained(steps: int, module=None, optimizer=None):
 
 def test_a_loaded_state_goes_on_to_the_bit(tmp_path):
     module, optimizer = trained(3)
-    state.save(tmp_path / "s.safetensors", {"m": module}, optimizer, {"update": 3, "note": "ä"})
+    checkpoint.save(tmp_path / "s.safetensors", {"m": module}, optimizer, {"update": 3, "note": "ä"})
     other = nn.Linear(3, 2)
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
-    assert state.load(tmp_path / "s.safetensors", {"m": other}, other_optimizer) == {"update": 3, "note": "ä"}
+    assert checkpoint.load(tmp_path / "s.safetensors", {"m": other}, other_optimizer) == {"update": 3, "note": "ä"}
     trained(2, module, optimizer)
     trained(2, other, other_optimizer)
     assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)

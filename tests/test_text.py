@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import text
 import weights
+from pretrained import text_encoder
 
 PROMPTS = json.loads((GOLDEN / "tokenizer_golden.json").read_text())["prompts"]
 CLIP = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
@@ -51,13 +51,13 @@ def pipeline(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sdxl(pipeline) -> text.TextEncoder:
+def sdxl(pipeline) -> text_encoder.TextEncoder:
     return weights.load_text(pipeline)
 
 
 @pytest.fixture(scope="module")
-def sd15(sdxl) -> text.TextEncoder:
-    return text.TextEncoder(sdxl.models[:1], sdxl.tokenizers[:1])
+def sd15(sdxl) -> text_encoder.TextEncoder:
+    return text_encoder.TextEncoder(sdxl.models[:1], sdxl.tokenizers[:1])
 
 
 def ids(tokenizer, prompt: str) -> list[int]:
@@ -140,7 +140,7 @@ def test_prompts_encoded_at_once_get_what_each_gets_alone(sdxl):
 def test_kept_features_stay_within_their_bytes_and_are_given_again(sd15, monkeypatch):
     (first,) = sd15.features(["a cat"])
     assert sd15.features(["a cat"])[0] is first
-    monkeypatch.setattr(text, "CACHE_BYTES", 3 * first["context"].nbytes)
+    monkeypatch.setattr(text_encoder, "CACHE_BYTES", 3 * first["context"].nbytes)
     for i in range(5):
         sd15.features([f"a cat and {i} dogs"])
     assert len(sd15.cache) == 3
@@ -160,7 +160,9 @@ def test_a_single_file_takes_its_vocabulary_from_the_folder_beside_it(pipeline, 
     (tmp_path / "tokenizer").symlink_to(pipeline / "tokenizer")
     encoder = weights.load_text(tmp_path / "x.safetensors")
     assert len(encoder.models) == 1
-    alike = text.TextEncoder([weights.load_clip(pipeline, "text_encoder", "cpu", torch.float32)], encoder.tokenizers)
+    alike = text_encoder.TextEncoder(
+        [weights.load_clip(pipeline, "text_encoder", "cpu", torch.float32)], encoder.tokenizers
+    )
     assert torch.equal(encoder(["a cat"], (64, 64))["context"], alike(["a cat"], (64, 64))["context"])
 
 

@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import monitor
 import train
 import weights
-from settings import TINY
+from training import monitor
+from training.presets import TINY
 
 
 @pytest.fixture
@@ -192,9 +192,9 @@ def test_underscores_are_dashes():
 
 def test_defaults_are_the_papers():
     args = train.parse_args(["--base", "sd15", "--data", "x"])
-    train.resolve(args, train.settings.SD15)
+    train.resolve(args, train.presets.SD15)
     assert (args.steps, args.batch_size * args.accumulate, args.lr, args.start) == (4000, 32, 3e-4, 30)
     args = train.parse_args(["--base", "sdxl", "--data", "x", "--method", "refl"])
-    train.resolve(args, train.settings.SDXL)
+    train.resolve(args, train.presets.SDXL)
     assert (args.steps, args.batch_size * args.accumulate, args.lr, args.start) == (2000, 16, 3e-4, 35)
     assert TINY.start == 30

@@ -6,9 +6,9 @@ import pytest
 import torch
 from recipe import filled, rnd
 
-import plan
+from speed.fused_upsample import Upsample, fold, folded
+from training import cost
 from unet import UNet, UNetConfig
-from upsample import Upsample, fold, folded
 from vae import VAE, VAEConfig
 
 
@@ -69,5 +69,5 @@ def test_a_folded_network_is_saved_as_if_it_were_not():
 
 def test_four_of_nine_multiplications_are_left():
     x, layer = rnd("x", 1, 8, 16, 16), Upsample(8)
-    usual = plan.count(layer, x)
-    assert plan.count(fold(layer), x) / usual == 4 / 9
+    usual = cost.count(layer, x)
+    assert cost.count(fold(layer), x) / usual == 4 / 9

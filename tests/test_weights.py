@@ -22,13 +22,11 @@ from recipe import GOLDEN, fill, filled, golden, golden_config, rnd
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import files
-import layouts
-import lora
 import sample
 import unet as unets
 import vae as vaes
 import weights
+from pretrained import key_names, lora, weight_files
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -146,19 +144,19 @@ def same(a: dict, b: dict) -> bool:
 
 @pytest.mark.parametrize(("config", "name"), [(unets.SD15, "sd15_unet"), (unets.SDXL, "sdxl_unet")])
 def test_full_size_unet_names_map_onto_each_other_completely(config, name):
-    single = {layouts.UNET + layouts.unet_name(key, config): shape for key, shape in FOLDERS[name].items()}
+    single = {key_names.UNET + key_names.unet_name(key, config): shape for key, shape in FOLDERS[name].items()}
     assert single == SINGLE[name]
 
 
 def test_full_size_vae_names_map_onto_each_other_completely():
-    single = {layouts.VAE + layouts.vae_name(key, 4): shape for key, shape in FOLDERS["vae"].items()}
+    single = {key_names.VAE + key_names.vae_name(key, 4): shape for key, shape in FOLDERS["vae"].items()}
     assert {key: shape + [1] * (len(SINGLE["vae"][key]) - len(shape)) for key, shape in single.items()} == SINGLE["vae"]
 
 
 def test_full_size_text_encoders_are_told_apart_by_their_projection():
-    assert layouts.of_text(FOLDERS["clip_l_text"])[2][0] == layouts.CLIP_L
-    prefix, names = layouts.of_text(FOLDERS["open_clip_g_text"])[1]
-    assert prefix == layouts.CLIP_G
+    assert key_names.of_text(FOLDERS["clip_l_text"])[2][0] == key_names.CLIP_L
+    prefix, names = key_names.of_text(FOLDERS["open_clip_g_text"])[1]
+    assert prefix == key_names.CLIP_G
     assert names["text_model.encoder.layers.31.mlp.fc2.bias"] == "transformer.resblocks.31.mlp.c_proj.bias"
     assert len(set(names.values())) == 517
 
@@ -225,11 +223,11 @@ def test_open_clip_text_encoder_gives_open_clips_features(tmp_path):
     config |= {"num_attention_heads": c["text_heads"], "num_hidden_layers": 3, "projection_dim": c["embed_dim"]}
     with torch.device("meta"):
         keys = CLIPTextModelWithProjection(CLIPTextConfig(**config)).state_dict()
-    _, names = layouts.of_text(keys)[1]
+    _, names = key_names.of_text(keys)[1]
     shapes = {names[key]: t for key, t in keys.items()}
-    fused = {key: t.shape for key, t in layouts.fuse({"x." + k: t for k, t in shapes.items()}).items()}
-    tensors = {layouts.CLIP_G + k[2:]: fill(k[2:], shape) for k, shape in fused.items()}
-    tensors[layouts.CLIP_G + "logit_scale"] = torch.tensor(2.0)
+    fused = {key: t.shape for key, t in key_names.fuse({"x." + k: t for k, t in shapes.items()}).items()}
+    tensors = {key_names.CLIP_G + k[2:]: fill(k[2:], shape) for k, shape in fused.items()}
+    tensors[key_names.CLIP_G + "logit_scale"] = torch.tensor(2.0)
     save_file(tensors, tmp_path / "x.safetensors", {"config": json.dumps({"text_encoder_2": config})})
     model = weights.load_clip(tmp_path / "x.safetensors", "text_encoder_2", "cpu", torch.float32)
     with torch.no_grad():
@@ -270,10 +268,10 @@ def test_a_single_file_holds_the_official_names_and_shapes_and_no_other(base, tm
     expected = {key: shape for key, shape in expected.items() if not re.search(r"transformer_blocks\.[2-9]", key)}
     assert {key: shape for key, shape in written.items() if key in expected} == expected
     text = [key for key in written if key not in expected]
-    assert all(key.startswith((layouts.CLIP_L, layouts.CLIP_L_SDXL, layouts.CLIP_G)) for key in text)
+    assert all(key.startswith((key_names.CLIP_L, key_names.CLIP_L_SDXL, key_names.CLIP_G)) for key in text)
     if base == "sdxl":
-        assert written[layouts.CLIP_G + "transformer.resblocks.2.attn.in_proj_weight"] == [144, 48]
-        assert written[layouts.CLIP_G + "text_projection"] == [48, 40]
+        assert written[key_names.CLIP_G + "transformer.resblocks.2.attn.in_proj_weight"] == [144, 48]
+        assert written[key_names.CLIP_G + "text_projection"] == [48, 40]
 
 
 @pytest.mark.parametrize("name", weights.DTYPES)
@@ -286,8 +284,8 @@ def test_written_type_and_metadata(name, tmp_path):
         assert same(read, {key: t.to(dtype) for key, t in unet.state_dict().items()})
         file = path if path.is_file() else path / "diffusion_pytorch_model.safetensors"
         assert {t.dtype for t in load_file(file).values()} == {dtype}
-        assert files.read_metadata(file)["modelspec.title"] == "mine"
-    metadata = files.read_metadata(tmp_path / "x.safetensors")
+        assert weight_files.read_metadata(file)["modelspec.title"] == "mine"
+    metadata = weight_files.read_metadata(tmp_path / "x.safetensors")
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
     assert metadata["modelspec.resolution"] == "512x512"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -550,7 +548,7 @@ def test_full_size_loads_from_every_layout_and_computes_what_diffusers_does(base
         single = tmp_path / "single.safetensors"
         call = ["convert", unet.parent, single, "--layout", "single-file"]
         assert command(*call).returncode == 0
-        written = {key: list(t.shape) for key, t in files.read_file(single).items()}
+        written = {key: list(t.shape) for key, t in weight_files.read_file(single).items()}
         official = SINGLE[f"{base}_unet"] | SINGLE["vae"]
         assert {key: written[key] for key in official} == official
         shard(unet)
@@ -558,7 +556,7 @@ def test_full_size_loads_from_every_layout_and_computes_what_diffusers_does(base
         shutil.rmtree(unet.parent)
         run_full(single, "float32", tmp_path, expected, 1e-4)
         if base == "sd15":
-            torch.save({"state_dict": files.read_file(single)}, tmp_path / "single.ckpt")
+            torch.save({"state_dict": weight_files.read_file(single)}, tmp_path / "single.ckpt")
             single.unlink()
             run_full(tmp_path / "single.ckpt", "float32", tmp_path, expected, 1e-4)
     finally:
@@ -665,11 +663,11 @@ def test_damaged_and_half_present_folders_are_one_clear_line(tmp_path):
 def test_a_base_without_weights_says_what_to_get_and_where_to_put_it(source):
     text = message(source)
     for part in (
-        files.BASES.get(source, source),
+        weight_files.BASES.get(source, source),
         "unet/",
         "text_encoder",
         "HF_HUB_OFFLINE",
-        files.SINGLE.get(files.BASES.get(source), ""),
+        weight_files.SINGLE.get(weight_files.BASES.get(source), ""),
     ):
         assert part in text
 
@@ -737,11 +735,11 @@ def test_an_adapter_is_rewritten_in_the_names_of_others_and_back(tmp_path):
         weights.main(weights.arguments([str(part) for part in call]))
     assert "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.alpha" in load_file(b)
     assert same(load_file(c), {key: t.half().float() for key, t in load_file(a).items()})
-    assert files.read_metadata(c)["lora_adapter_metadata"] == files.read_metadata(a)["lora_adapter_metadata"]
+    assert len({weight_files.read_metadata(path)["lora_adapter_metadata"] for path in (a, c)}) == 1
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
-    import cli
+    from utils import cli
 
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     for arguments in (

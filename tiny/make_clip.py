@@ -22,10 +22,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
-import disk
-from data import Composition, EmojiSet
-from pictures import CLIP_MEAN, CLIP_STD, to_tensor
+from training.data import Composition, EmojiSet
+from utils import cli, disk
+from utils.images import CLIP_MEAN, CLIP_STD, to_tensor
 
 TINY_DIR = Path(__file__).parent
 LENGTH = 24  # text tokens

@@ -25,15 +25,15 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
 import weights
 from combined import guided, plain
-from data import Composition, EmojiSet
-from pictures import to_tensor
 from refl import shifted
 from scheduler import Scheduler, denoise, randn
-from settings import TINY
 from tiny.make_clip import TINY_DIR, build, normalise, tokenize, train
+from training.data import Composition, EmojiSet
+from training.presets import TINY
+from utils import cli
+from utils.images import to_tensor
 
 CLEAR = 3.0  # of two pictures, sigmoid(CLEAR * difference in utility) of the votes go to the first
 CAPTIONS = 32  # in a batch, with four pictures each

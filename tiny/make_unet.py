@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import disk
 import weights
 from unet import TINY
+from utils import disk
 
 TINY_DIR = Path(__file__).parent
 INDEX = {

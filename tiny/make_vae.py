@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
-import disk
-import state
 import weights
-from data import EmojiSet
+from training import checkpoint
+from training.data import EmojiSet
+from utils import cli, disk
 from vae import TINY, VAE
 
 TINY_DIR = Path(__file__).parent
@@ -109,7 +108,7 @@ def main() -> None:
         vae = vae.to(args.device)
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-4, betas=(0.9, 0.99))
-    first = state.load(saved, {"vae": vae}, optimizer)["step"] if saved.exists() else 0
+    first = checkpoint.load(saved, {"vae": vae}, optimizer)["step"] if saved.exists() else 0
     began = time.time()
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
@@ -127,7 +126,7 @@ def main() -> None:
             seconds = (time.time() - began) / (step + 1 - first)
             print(f"step {step + 1}: loss {loss.item():.4f} kl {kl:.2f}, {seconds:.3f} s an update", flush=True)
         if step % 500 == 499:
-            state.save(saved, {"vae": vae}, optimizer, {"step": step + 1})
+            checkpoint.save(saved, {"vae": vae}, optimizer, {"step": step + 1})
             psnr, std = evaluate(vae.eval(), args.seed + 1, 128, args.device)
             print(f"step {step + 1}: PSNR {psnr:.2f} dB, latent std {std:.3f}", flush=True)
 

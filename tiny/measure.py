@@ -20,18 +20,18 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
 import metrics
 import rewards
-import settings
 import weights
 from combined import generate, switch_weights
-from data import Composition, EmojiSet
-from pictures import to_tensor
 from scheduler import Scheduler
 from tiny.make_clip import TINY_DIR
 from tiny.make_rewards import RATERS, Votes, damage, decoded, held_out_accuracy
 from tiny.make_vae import evaluate as evaluate_vae
+from training import presets
+from training.data import Composition, EmojiSet
+from utils import cli
+from utils.images import to_tensor
 
 OPEN = ("octopus", "tiger", "red apple", "penguin", "rocket", "frog", "strawberry", "hamburger", "ghost", "owl")
 
@@ -41,7 +41,7 @@ class Judge:
 
     def __init__(self, emoji: EmojiSet, device: str):
         self.emoji, self.device = emoji, device
-        self.clip = rewards.load("clipscore", settings.FEATURES, device)
+        self.clip = rewards.load("clipscore", presets.FEATURES, device)
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class Painter:
             with cli.autocast(self.device):
                 images = generate(
                     self.unet, self.unet, self.vae, self.text, Scheduler(40), mixture,
-                    part, seeds, (64, 64), settings.TINY.guidance,
+                    part, seeds, (64, 64), presets.TINY.guidance,
                 )  # fmt: skip
             made.append(images.float().clamp(-1, 1).cpu())
         return torch.cat(made)

@@ -13,8 +13,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from speed.fused_upsample import Upsample, fold, folded
 from unet import Pointwise
-from upsample import Upsample, fold, folded
 
 NOTHING_FUSED = ("none", [], "")  # no activation after a layer
 LARGE = 8_000_000  # bytes of weights, after which memory is given back to the system

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 BASES = {
-    "tiny": str(Path(__file__).parent / "tiny" / "base"),
+    "tiny": str(Path(__file__).parent.parent / "tiny" / "base"),
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }

@@ -9,8 +9,8 @@ from pathlib import Path
 
 VERSION = "0.1.0"
 METHODS = ("diffusion", "refl", "imagerefl")
-FEATURES = Path(__file__).parent / "tiny" / "features"  # the held-out CLIP that judges the tiny base
-TUNED = Path(__file__).parent / "tiny" / "tuned"  # a tuned model that ships with the tiny base
+FEATURES = Path(__file__).parent.parent / "tiny" / "features"  # the held-out CLIP that judges the tiny base
+TUNED = Path(__file__).parent.parent / "tiny" / "tuned"  # a tuned model that ships with the tiny base
 PROMPTS = (
     "a lighthouse on a cliff at dusk, oil painting",
     "a red bicycle leaning on a brick wall",

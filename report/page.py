@@ -1,9 +1,9 @@
 """The report: what evaluate.py measured, as a Markdown table, CSV, SVG curves, and one page to look at.
 
-    python report.py FOLDER
+    python -m report.page FOLDER
 
 rewrites FOLDER/report.html from FOLDER/results.json and the images beside it: the paper's Table 1, Figures 5, 7, 9, and
-grids with a slider over the switch. The page is one file that loads nothing; its frame is `report_template.html`.
+grids with a slider over the switch. The page is one file that loads nothing; its frame is `report/template.html`.
 """
 
 import base64
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
-import cli
-from curves import column, curves, families, family, mixture, number, stat, text
+from report.curves import column, curves, families, family, mixture, number, stat, text
+from utils import cli
 
 ARROWS = {"higher": "↑", "lower": "↓"}
 SIDE, SEEDS, PAGE = 192, 2, 6  # of the grid: pixels of an image at most, seeds in a cell, prompts shown at a time
@@ -254,7 +254,7 @@ def write(results: dict, folder: Path) -> Path:
         "lit": json.dumps(lit),
         "stops": json.dumps(["table", *stops]),
     }
-    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
     path = folder / "report.html"
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], template), encoding="utf-8")

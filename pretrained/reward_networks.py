@@ -1,7 +1,7 @@
 """The networks behind `rewards.py`: what happens between an image, a prompt and a number.
 
 HPSv2, PickScore and CLIPScore are a cosine of CLIP features; ImageReward is BLIP with a head; MPS is CLIP
-with a cross model (`mps.py`). Backbones are transformers' (5.x; where 4.x differs a comment says so).
+with a cross model (`pretrained/mps.py`). Backbones are transformers' (5.x; where 4.x differs a comment says so).
 Each network has `encode_text(ids, mask)`, a tuple of tensors that depend on the prompt alone and are cached,
 and `forward(pixels, *text) -> (B,)`. Shapes: B pairs, S text tokens, L image tokens, D joint width, W others.
 """
@@ -27,10 +27,10 @@ from transformers import (
     CLIPTokenizer,
 )
 
-import pictures
-from mps import MPS
-from pictures import CLIP_MEAN, CLIP_STD
-from transfer import send
+from pretrained.mps import MPS
+from utils import images as pictures
+from utils.device import send
+from utils.images import CLIP_MEAN, CLIP_STD
 
 # ------------------------------------------------------------------------------------------- images -> pixels
 

@@ -11,10 +11,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-import distributed
-import packed
 from scheduler import batched
-from upsample import fold
+from speed import prepacked
+from speed.fused_upsample import fold
+from utils import distributed
 
 FEW = 9  # first calls of a pass, on a CPU: were they all, as in ImageReFL, packing would take more time than it saves
 
@@ -37,18 +37,18 @@ class Rollout:
     ):
         self.net, self.unet, self.dtype, self.calls = net, unet, dtype, 0
         if dtype is None:
-            self.copy = packed.view(unet)
+            self.copy = prepacked.view(unet)
         else:
             self.copy = fold(copy.deepcopy(unet).to(dtype).requires_grad_(False)) if copied else unet
         if compiled and copied:
-            packed.to_compile(self.copy)
+            prepacked.to_compile(self.copy)
         self.fast = torch.compile(self.copy, dynamic=False) if compiled else self.copy
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the weights anew, into the same memory, or have them packed anew."""
         if self.dtype is None:
-            packed.forget(self.copy)
+            prepacked.forget(self.copy)
         elif self.copy is not self.unet:
             for mine, theirs in zip(self.copy.parameters(), self.unet.parameters(), strict=True):
                 mine.copy_(distributed.whole(theirs))

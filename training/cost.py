@@ -23,19 +23,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-import lora
-import reward_models
 import rewards
 import unet as unets
 import vae as vaes
 import weights
 from diffusion import diffusion_loss
 from imagerefl import REFL_EVERY
+from pretrained import lora, reward_networks
+from pretrained.text_encoder import CACHE_BYTES
 from refl import LAST, reward_loss
 from scheduler import Scheduler
-from text import CACHE_BYTES
+from speed.fused_upsample import Upsample, fold, folded
 from unet import UNet, UNetConfig
-from upsample import Upsample, fold, folded
 from vae import VAE, VAEConfig
 
 PUBLISHED = {"sd15": (unets.SD15, vaes.SD15), "sdxl": (unets.SDXL, vaes.SDXL)}
@@ -64,7 +63,7 @@ class Networks:
         scores = []
         with torch.autocast(images.device.type, enabled=False):
             for network in self.rewards:
-                pixels = reward_models.preprocess(images, network.config.vision_config.image_size)
+                pixels = reward_networks.preprocess(images, network.config.vision_config.image_size)
                 scores.append(network(pixels, *text_features(network, len(images))))
         return sum(scores)
 
@@ -95,7 +94,7 @@ def count(f, *inputs: Tensor, backward: bool = False) -> int:
 def text_features(network: nn.Module, batch: int) -> tuple[Tensor, ...]:
     """What `encode_text` returns for prompts."""
     ids = torch.zeros(batch, network.length, dtype=torch.long)
-    if isinstance(network, reward_models.MPS):
+    if isinstance(network, reward_networks.MPS):
         network.condition_ids = ids[:1]
     with torch.no_grad():
         return network.encode_text(ids, torch.ones_like(ids))
@@ -121,9 +120,9 @@ def build(args, unet: UNetConfig, vae: VAEConfig) -> Networks:
     for i, (name, _) in enumerate(rewards.parse(args.reward) if args.method != "diffusion" else []):
         folder = rewards.EMBEDDED / name if name in ("tiny", "tiny2") else Path(paths[i] if i < len(paths) else "")
         known = folder != Path() and (folder / "config.json").is_file()
-        network = reward_models.blank(name, folder if known else None)
+        network = reward_networks.blank(name, folder if known else None)
         empty = {key: torch.empty(t.shape) for key, t in network.state_dict().items()}
-        networks.rewards.append(reward_models.fill(network, empty, name))
+        networks.rewards.append(reward_networks.fill(network, empty, name))
     return networks
 
 
@@ -272,7 +271,7 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
         for p in trained:
             p.grad = torch.empty_like(p)  # of the passes before
         if "text-on-cpu" in flags:
-            towers = (part for network in m.rewards for part in reward_models.text_tower(network))
+            towers = (part for network in m.rewards for part in reward_networks.text_tower(network))
             memory.now -= sum(p.nbytes for part in towers for p in part.parameters())
         else:
             memory.now += text_bytes(unet) + CACHE_BYTES

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-import files
-from transfer import send
+from pretrained import weight_files
+from utils.device import send
 
 HEAD = 64  # width of a head; all heads of a layer share one key and one value of this width
 
@@ -191,4 +191,4 @@ def read_pickled(path: str | Path) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([(type("Stub", (Stub,), {}), name) for name in names]):
             return dict(tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
     except Exception as error:  # noqa: BLE001 - whatever the unpickler refuses, the file is not loaded
-        raise ValueError(f"{path}: refused, not a pickled MPS module ({files.why(error)})") from None
+        raise ValueError(f"{path}: refused, not a pickled MPS module ({weight_files.why(error)})") from None

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import pictures
+from utils import images as pictures
 
 READERS = 4  # threads that read pictures ahead
-EMOJI = Path(__file__).parent / "tiny" / "data"
+EMOJI = Path(__file__).parent.parent / "tiny" / "data"
 BACKGROUNDS = {  # the eight colours behind an emoji
     "white": (250, 250, 250),
     "pink": (250, 182, 205),

@@ -13,8 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-import disk
-import distributed
+from utils import disk, distributed
 
 
 def checksum(tensors: dict[str, Tensor], info: str) -> str:

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import disk
-import files
-import layouts
+from pretrained import key_names, weight_files
 from unet import UNet
+from utils import disk
 
 LAYOUTS = ("peft", "kohya")
 TARGET = re.compile(r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$")
@@ -129,7 +128,7 @@ def merge(unet: UNet) -> UNet:
 def _kohya_name(name: str, unet: UNet) -> str:
     """In kohya's scripts SD1.5 goes by the diffusers names, SDXL by those of its single file."""
     if unet.config.pooled:
-        name = layouts.unet_name(name + ".weight", unet.config).removesuffix(".weight")
+        name = key_names.unet_name(name + ".weight", unet.config).removesuffix(".weight")
     return "lora_unet_" + name.replace(".", "_")
 
 
@@ -184,7 +183,7 @@ def save(
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r} of an adapter; known: {', '.join(LAYOUTS)}")
     tensors, header = _peft_file(unet) if layout == "peft" else _kohya_file(unet)
-    path = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / files.ADAPTER
+    path = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / weight_files.ADAPTER
     disk.write(path, {k: t.to("cpu", dtype) for k, t in tensors.items()}, {"format": "pt"} | header | (metadata or {}))
 
 
@@ -195,7 +194,7 @@ def load(unet: UNet, path: str | Path) -> list[nn.Parameter]:
     of an adapter is missing, or a shape differs.
     """
     _refuse_a_second(unet)
-    path = Path(path) if Path(path).is_file() else Path(path) / files.ADAPTER
+    path = Path(path) if Path(path).is_file() else Path(path) / weight_files.ADAPTER
     layers = targets(unet)
     found = _parts(path, layers, unet)
     unet.requires_grad_(False)
@@ -215,7 +214,7 @@ def load(unet: UNet, path: str | Path) -> list[nn.Parameter]:
 
 def _parts(path: Path, layers: dict[str, nn.Linear], unet: UNet) -> dict[str, dict]:
     """Layer -> its A, B and alpha, if stored, in the file. Raises ValueError when a key fits no layer."""
-    tensors = files.read_file(path)
+    tensors = weight_files.read_file(path)
     known = {name: name for name in layers}
     for name in layers:
         plain = "lora_unet_" + name.replace(".", "_")
@@ -232,7 +231,7 @@ def _parts(path: Path, layers: dict[str, nn.Linear], unet: UNet) -> dict[str, di
         first = ", ".join(strange[:3]) or "no key at all"
         raise ValueError(
             f"{path}: {len(strange)} of {len(tensors)} keys adapt no attention layer (to_q, to_k, to_v, to_out.0) of "
-            f"this UNet: {first}; the file looks like {layouts.looks_like(tensors)}"
+            f"this UNet: {first}; the file looks like {key_names.looks_like(tensors)}"
         )
     _alpha_of_peft(path, found)
     return found
@@ -240,7 +239,7 @@ def _parts(path: Path, layers: dict[str, nn.Linear], unet: UNet) -> dict[str, di
 
 def _alpha_of_peft(path: Path, found: dict[str, dict]) -> None:
     """Fill in what peft keeps in the header. Raises ValueError for variants of LoRA that are not built here."""
-    config = json.loads(files.read_metadata(path).get("lora_adapter_metadata", "{}"))
+    config = json.loads(weight_files.read_metadata(path).get("lora_adapter_metadata", "{}"))
     config = {key.removeprefix("unet."): value for key, value in config.items()}
     if config.get("use_dora") or config.get("use_rslora"):
         raise ValueError(f"{path}: DoRA and rank-stabilised adapters are not supported, only plain LoRA")

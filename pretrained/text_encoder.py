@@ -7,7 +7,7 @@ second one's pooled text, and the image size. S text tokens, D width of the stat
 import torch
 from torch import Tensor
 
-from transfer import send
+from utils.device import send
 
 CACHE_BYTES = 2**29  # features of the latest prompts that are kept
 TOGETHER = 32  # prompts that a GPU encodes at once

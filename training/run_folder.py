@@ -7,11 +7,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import disk
-import lora
-import settings
-import state
 import weights
+from pretrained import lora
+from training import checkpoint, presets
+from utils import disk
 
 # No number changes with these, or by a sum's order alone.
 HARMLESS = {"resume", "override", "shard", "sample_every", "monitor", "save_every", "save_minutes", "keep"}
@@ -56,8 +55,8 @@ def begin(args, folder: Path, update: int) -> dict:
     about.pop("finished", None)
     if args.resume:
         for name in ("states", "unet"):
-            state.sweep(folder / name)
-        state.cut_log(folder / "log.jsonl", update)
+            checkpoint.sweep(folder / name)
+        checkpoint.cut_log(folder / "log.jsonl", update)
         print(f"going on after update {update} of {folder}")
     describe(folder, about)
     return about
@@ -83,7 +82,7 @@ def note(folder: Path, row: dict, progress: dict, skipped: list[int]) -> None:
 def save(folder: Path, tensors: dict, progress: dict, keep: int, last: bool) -> None:
     """Save the state. Where that fails and training goes on, the next one may succeed: raises OSError at the last."""
     try:
-        state.save_newest(folder / "states", tensors, progress, keep)
+        checkpoint.save_newest(folder / "states", tensors, progress, keep)
     except OSError as error:
         if last:
             raise
@@ -93,7 +92,7 @@ def save(folder: Path, tensors: dict, progress: dict, keep: int, last: bool) -> 
 def save_result(args, m, folder: Path, update: int) -> None:
     """Write what was trained in so many updates: the whole `unet/`, or the adapter."""
     header = {"base": args.base, "method": args.method, "reward": str(args.reward), "step": str(update)}
-    header["version"] = settings.VERSION
+    header["version"] = presets.VERSION
     if args.lora:
         lora.save(m.unet, folder, metadata=header)
     else:

@@ -9,7 +9,7 @@ times, where one sum at the end says all.
 
 With `--shard` each process keeps its part of the weights, gradients and moments (FSDP2), and every call of the network
 is one of all processes. Only calls with gradients go there, as many in each pass; the steps before them, whose number
-is drawn, and all pictures come from the whole copy that each process has in `rollout.py`.
+is drawn, and all pictures come from the whole copy that each process has in `speed/inference_copy.py`.
 """
 
 import os

@@ -1,0 +1,1 @@
+"""What surrounds the training loop: presets, data, run folder, checkpoints, monitor, cost."""

@@ -1,0 +1,1 @@
+"""What all folders share: command line, devices, images, safe writing, processes."""
