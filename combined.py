@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from scheduler import Generators, Predictor, Scheduler, batched, denoise, randn
+from scheduler import Generators, Predictor, Scheduler, denoise, expand_timesteps, sample_noise
 
 
-def switch_weights(steps: int, switch: int) -> list[float]:
+def combined_weights(steps: int, switch: int) -> list[float]:
     """Eq. (3): the base model alone in the first `switch` steps, the tuned one alone in the rest (T' = steps - switch).
 
     The weights pick the model of each step in `mix`; `Scheduler.step` is the rest of the equation. Raises ValueError
@@ -33,20 +33,20 @@ def aig_weights(steps: int, power: float = 1.0) -> list[float]:
     return [(i / steps) ** power for i in range(steps)]
 
 
-def plain(unet, conditioning: dict[str, Tensor]) -> Predictor:
+def conditional(unet, conditioning: dict[str, Tensor]) -> Predictor:
     """A predictor without guidance. Latents keep their precision, whatever that of the network."""
-    return lambda x_t, t: unet(x_t, batched(t, x_t), **conditioning).to(x_t.dtype)
+    return lambda x_t, t: unet(x_t, expand_timesteps(t, x_t), **conditioning).to(x_t.dtype)
 
 
-def guided(unet, conditioning: dict[str, Tensor], empty: dict[str, Tensor], guidance: float) -> Predictor:
+def cfg(unet, conditioning: dict[str, Tensor], empty: dict[str, Tensor], guidance: float) -> Predictor:
     """A predictor with classifier-free guidance; both halves go through the network as one batch."""
     if guidance == 1:
-        return plain(unet, conditioning)
+        return conditional(unet, conditioning)
     both = {key: torch.cat([empty[key], conditioning[key]]) for key in conditioning}
 
     def predict(x_t: Tensor, t: int) -> Tensor:
         twice = torch.cat([x_t, x_t])
-        eps_empty, eps_text = unet(twice, batched(t, twice), **both).to(x_t.dtype).chunk(2)
+        eps_empty, eps_text = unet(twice, expand_timesteps(t, twice), **both).to(x_t.dtype).chunk(2)
         return eps_empty + guidance * (eps_text - eps_empty)
 
     return predict
@@ -58,7 +58,7 @@ def in_passes(make: Callable[[slice], Predictor], parts: list[slice]) -> Predict
     return lambda x_t, t: torch.cat([f(x_t[part], t) for f, part in zip(predictors, parts, strict=True)])
 
 
-def mix(base: Predictor, tuned: Predictor, w: float) -> Predictor:
+def interpolate(base: Predictor, tuned: Predictor, w: float) -> Predictor:
     """(1 - w) eps_base + w eps_tuned; with w = 0 or 1 only one of the two networks runs."""
     if w in (0, 1):
         return tuned if w else base
@@ -79,7 +79,7 @@ def combine(
     `mixture`: the weight of the tuned model at each step.
     """
     for i in scheduler.steps[first:]:
-        x_t = denoise(scheduler, mix(base, tuned, mixture[i]), x_t, [i], generator)
+        x_t = denoise(scheduler, interpolate(base, tuned, mixture[i]), x_t, [i], generator)
     return x_t
 
 
@@ -98,7 +98,7 @@ def combine_each(
     made = [x_t] * len(mixtures)
     for w in dict.fromkeys(mixture[i] for mixture in mixtures):
         own = [g.clone_state() for g in generators]  # every branch meets the same noise
-        x = denoise(scheduler, mix(base, tuned, w), x_t, [i], own)
+        x = denoise(scheduler, interpolate(base, tuned, w), x_t, [i], own)
         branch = [k for k, mixture in enumerate(mixtures) if mixture[i] == w]
         rest = combine_each(scheduler, base, tuned, [mixtures[k] for k in branch], x, own, i + 1)
         for k, latents in zip(branch, rest, strict=True):
@@ -132,15 +132,15 @@ def generate_each(
     conditioning, empty = text(prompts, size), text([""] * len(prompts), size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (len(prompts), vae.config.latent_channels, H // vae.factor, W // vae.factor)
-    x_T = randn(shape, generators, conditioning["context"].device)
+    x_T = sample_noise(shape, generators, conditioning["context"].device)
 
     def of(part: slice, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: t[part] for key, t in features.items()}
 
     batch = batch or len(prompts)
     parts = [slice(at, at + batch) for at in range(0, len(prompts), batch)]
-    eps_base = in_passes(lambda part: guided(base, of(part, conditioning), of(part, empty), guidance), parts)
-    eps_tuned = in_passes(lambda part: plain(tuned, of(part, conditioning)), parts)
+    eps_base = in_passes(lambda part: cfg(base, of(part, conditioning), of(part, empty), guidance), parts)
+    eps_tuned = in_passes(lambda part: conditional(tuned, of(part, conditioning)), parts)
     made = combine_each(scheduler, eps_base, eps_tuned, mixtures, x_T, generators)
     return [torch.cat([vae.decode(x0[part]) for part in parts]) for x0 in made]
 

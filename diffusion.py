@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scheduler import TRAIN_STEPS, Scheduler, randn
-from utils.device import send
+from scheduler import TRAIN_STEPS, Scheduler, sample_noise
+from utils.device import to_device
 
 
 def diffusion_loss(predicted: Tensor, eps: Tensor) -> Tensor:
@@ -25,11 +25,11 @@ def pretraining_loss(
 
     `snr_gamma`: weigh by min(SNR, gamma) / SNR, which spends less on the nearly clean steps (Hang et al. 2023).
     """
-    eps = randn(x0.shape, generator, x0.device)
+    eps = sample_noise(x0.shape, generator, x0.device)
     t = torch.randint(TRAIN_STEPS, (len(x0),), generator=generator)
-    loss = diffusion_loss(unet(scheduler.add_noise(x0, eps, t), send(t, x0.device), **conditioning), eps)
+    loss = diffusion_loss(unet(scheduler.add_noise(x0, eps, t), to_device(t, x0.device), **conditioning), eps)
     log = {"diffusion": loss.detach().mean()}
     if snr_gamma:
-        snr = send((scheduler.abar / (1 - scheduler.abar))[t].float(), loss.device)
+        snr = to_device((scheduler.abar / (1 - scheduler.abar))[t].float(), loss.device)
         loss = loss * (snr_gamma / snr).clamp(max=1)
     return loss.mean(), log

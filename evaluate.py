@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--dino", help="folder of DINO ViT-S/16 or DINOv2, for the diversity; the tiny base has its own features")
     add("--inception", help="pytorch-fid's weight file, for FID, CovDist and LogCovDist")
     add("--reference", help="real images for these three: a folder with metadata.jsonl, or COCO captions")
-    add("--reading", default="ours", help="of CovDist and LogCovDist, a name in metrics.py:READINGS (default: ours)")
+    add("--reading", default="ours", help="of CovDist and LogCovDist, a name in metrics.py:DEFINITIONS (default: ours)")
     add("--steps", type=positive, default=40)
     add("--guidance", type=number(float, 0), help="of the base model (default: 7.5, SDXL 5.0, tiny 2.0)")
     add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
@@ -82,15 +82,15 @@ from tqdm import tqdm  # noqa: E402
 import metrics  # noqa: E402
 import rewards  # noqa: E402
 import weights  # noqa: E402
-from combined import aig_weights, generate_each, switch_weights  # noqa: E402
+from combined import aig_weights, combined_weights, generate_each  # noqa: E402
 from pretrained import weight_files  # noqa: E402
 from report import page  # noqa: E402
 from report.curves import METHODS  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from speed import prepacked  # noqa: E402
-from training.data import EmojiSet, Pictures, open_data, read_prompts  # noqa: E402
+from training.data import EmojiSet, ImageDataset, open_data, read_prompts  # noqa: E402
 from utils import cli, disk  # noqa: E402
-from utils.images import save_png, to_pictures, to_tensor  # noqa: E402
+from utils.images import save_png, to_pil, to_tensor  # noqa: E402
 
 PRINTED = {"hpsv2.1": 100, "hpsv2.0": 100, "clipscore": 100, "tiny": 0.1, "tiny2": 0.1}  # factors of the table
 REFERENCE_SEED = 20_000  # of the emoji that the tiny base is compared with; the training data has seed 0
@@ -110,7 +110,7 @@ class Point:
     folder: str = ""  # of its images, in the output folder
 
     def mixture(self, steps: int) -> list[float]:
-        return switch_weights(steps, int(self.value)) if self.kind == "switch" else aig_weights(steps, self.value)
+        return combined_weights(steps, int(self.value)) if self.kind == "switch" else aig_weights(steps, self.value)
 
 
 def fingerprint(*parts) -> str:
@@ -133,13 +133,13 @@ def method_of(checkpoint: str) -> tuple[str, str]:
     method, _, path = checkpoint.partition("=")
     if method not in METHODS:
         method, path = "", checkpoint
-    method = method or weights.about(path).get("method")
+    method = method or weights.tuning_metadata(path).get("method")
     if method not in METHODS:
         raise ValueError(f"--checkpoint {checkpoint}: say how it was tuned, refl={path} or imagerefl={path}")
     return method, path
 
 
-def points_of(args, row: presets.Settings, prompts: list[str]) -> list[Point]:
+def points_of(args, row: presets.Preset, prompts: list[str]) -> list[Point]:
     """The base model, then the table's rows and the sweeps' points of each checkpoint, without repeats."""
     base = fingerprint(
         weight_files.find(args.base, "unet"),
@@ -186,13 +186,13 @@ def draw(args, points: list[Point], prompts: list[str], jobs: list[tuple[int, in
         return
     dtype = cli.stored(args)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
-    prepacked.pack(vae.decoder)
+    prepacked.prepack(vae.decoder)
     scheduler, size = Scheduler(args.steps), (args.resolution, args.resolution)
     for checkpoint in dict.fromkeys(p.checkpoint for p in missing):
         if checkpoint is None:
-            base = tuned = prepacked.pack(weights.load_unet(args.base, args.device, dtype))
+            base = tuned = prepacked.prepack(weights.load_unet(args.base, args.device, dtype))
         else:
-            base, tuned = weights.load_tuned(checkpoint, args.base, args.device, dtype, prepare=prepacked.pack)
+            base, tuned = weights.load_tuned(checkpoint, args.base, args.device, dtype, prepare=prepacked.prepack)
         own = [p for p in missing if p.checkpoint == checkpoint]
         for at in tqdm(range(0, len(jobs), args.batch_size), f"{checkpoint or 'base'}, {len(own)} ways", unit="batch"):
             part = jobs[at : at + args.batch_size]
@@ -208,7 +208,7 @@ def draw(args, points: list[Point], prompts: list[str], jobs: list[tuple[int, in
                         asked, seeds, size, guidance,
                     )  # fmt: skip
                 for point, images in zip(todo, made, strict=True):
-                    for path, picture in zip(image_paths(args, point, part), to_pictures(images), strict=True):
+                    for path, picture in zip(image_paths(args, point, part), to_pil(images), strict=True):
                         save_png(picture, path)
 
 
@@ -239,7 +239,7 @@ def feature_scorer(column: str, extract: Callable[[Tensor], Tensor]) -> Scorer:
     return lambda images, prompts: {column: extract(images)}
 
 
-def scorers_of(args, row: presets.Settings) -> tuple[dict[str, Scorer], list[str]]:
+def scorers_of(args, row: presets.Preset) -> tuple[dict[str, Scorer], list[str]]:
     """Scorers by name and fingerprint, and notes on what is measured how, or is not."""
     names = args.rewards.split(",")
     sources = args.reward_weights.split(",") if args.reward_weights else [None] * len(names)
@@ -295,7 +295,7 @@ def reference_batches(args, count: int) -> Iterable[tuple[Tensor, list[str]]]:
     """The first `count` real images."""
     if args.reference:
         data = open_data(args.reference, args.resolution)
-        if not isinstance(data, Pictures):
+        if not isinstance(data, ImageDataset):
             raise ValueError(f"--reference {args.reference}: these are prompts; it takes images")
         rows = {path: i for i, (path, _) in reversed(list(enumerate(data.rows)))}  # an image once, not once a caption
         order = sorted(rows.values())
@@ -325,7 +325,7 @@ def values_of(args, columns: dict[str, Tensor], real: Tensor | None, group: list
 
 def reading_notes(name: str, features: str = "Inception's") -> list[str]:
     """How far CovDist and LogCovDist, on FID's features and against `--reference`, are from what a reading says."""
-    reading, notes = metrics.READINGS[name], []
+    reading, notes = metrics.DEFINITIONS[name], []
     if reading.features != "inception":
         notes.append(f"--reading {name} was defined on {reading.features} features; here it is on {features}.")
     if reading.reference != "real images":
@@ -333,7 +333,7 @@ def reading_notes(name: str, features: str = "Inception's") -> list[str]:
     return notes
 
 
-def titles(row: presets.Settings, keys: Iterable[str]) -> list[dict]:
+def titles(row: presets.Preset, keys: Iterable[str]) -> list[dict]:
     """The table's columns in order: title, direction, digits."""
     fixed = {
         "concept": ("right concept, %", "higher", 1),
@@ -347,7 +347,7 @@ def titles(row: presets.Settings, keys: Iterable[str]) -> list[dict]:
     return [{"key": k, "title": t, "better": b, "digits": d} for k, (t, b, d) in known.items()]
 
 
-def resolve(args, row: presets.Settings) -> list[str]:
+def resolve(args, row: presets.Preset) -> list[str]:
     """Fill in what was not given; returns the prompts. Raises ValueError for what cannot be."""
     args.rewards = args.rewards or ("tiny,tiny2" if row is presets.TINY else row.reward)
     args.guidance = row.guidance if args.guidance is None else args.guidance
@@ -360,20 +360,20 @@ def resolve(args, row: presets.Settings) -> list[str]:
     for flag in ("dino", "inception"):
         if row is presets.TINY and getattr(args, flag):
             raise ValueError(f"--{flag}: the tiny base is measured by its own features; leave it out")
-    if args.reading not in metrics.READINGS:
-        raise ValueError(f"--reading {args.reading}: there are {', '.join(metrics.READINGS)}")
+    if args.reading not in metrics.DEFINITIONS:
+        raise ValueError(f"--reading {args.reading}: there are {', '.join(metrics.DEFINITIONS)}")
     if args.prompts is None:
         prompts = EmojiSet().concepts if row is presets.TINY else list(row.prompts)
     elif args.prompts.endswith(".json") and "captions" in Path(args.prompts).name:
         data = open_data(args.prompts, args.resolution)
-        prompts = [caption for _, caption in data.rows] if isinstance(data, Pictures) else data.prompts
+        prompts = [caption for _, caption in data.rows] if isinstance(data, ImageDataset) else data.prompts
     else:
         prompts = read_prompts(args.prompts)
     return prompts[: args.limit]
 
 
 def main(args) -> dict:
-    row = presets.of(args.base, weights.read_config(args.base, "unet"))
+    row = presets.preset_for(args.base, weights.read_config(args.base, "unet"))
     prompts = resolve(args, row)
     points = points_of(args, row, prompts)
     scorers, notes = scorers_of(args, row)
@@ -401,7 +401,7 @@ def main(args) -> dict:
                 file = folder / point.folder / f"{name}.safetensors"
                 columns |= columns_of(file, made_for, scorer, read_batches(args, paths, asked))
             listed.append(asdict(point) | {"values": values_of(args, columns, real, group)})
-    trained = {weights.about(method_of(c)[1]).get("reward") for c in args.checkpoint} - {None}
+    trained = {weights.tuning_metadata(method_of(c)[1]).get("reward") for c in args.checkpoint} - {None}
     notes += [f"Tuned on {', '.join(sorted(trained))}; other rewards are held out."] * bool(trained)
     notes += dict.fromkeys(str(w.message) for w in caught)
     keys = list(listed[0]["values"])

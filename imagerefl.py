@@ -7,10 +7,10 @@ diffusion loss on the same noised image keeps the model a denoiser. Every fourth
 import torch
 from torch import Tensor
 
-from combined import plain
+from combined import conditional
 from diffusion import diffusion_loss
-from refl import draw_step, reward_loss
-from scheduler import Scheduler, denoise, randn
+from refl import reward_loss, sample_t_f
+from scheduler import Scheduler, denoise, sample_noise
 
 REFL_EVERY = 4  # three updates of ImageReFL, then one of ReFL
 
@@ -39,16 +39,16 @@ def imagerefl_loss(
     `start`: the step index of t', which the noised images stand at (30 of 40 for SD1.5, 35 for SDXL).
     """
     t = scheduler.timesteps[start]
-    eps = randn(x0.shape, generator, x0.device)
+    eps = sample_noise(x0.shape, generator, x0.device)
     x_start = scheduler.add_noise(x0, eps, t)
     predicted = unet(x_start, t, **conditioning)
     diffusion = diffusion_loss(predicted, eps).mean()
 
-    t_f, x_t = draw_step(start, scheduler, generator), x_start
+    t_f, x_t = sample_t_f(start, scheduler, generator), x_start
     if t_f > start:  # the first step on the way there needs the same prediction
         with torch.no_grad():
             x_t = scheduler.step(start, x_start, predicted.to(x_start.dtype), generator)
-            x_t = denoise(scheduler, plain(unet, conditioning), x_t, scheduler.steps[start + 1 : t_f], generator)
+            x_t = denoise(scheduler, conditional(unet, conditioning), x_t, scheduler.steps[start + 1 : t_f], generator)
     loss, log = reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts, generator, shift)  # Eq. (4)
     loss = reward_scale * loss + diffusion_scale * diffusion  # Eq. (5)
     return loss, log | {"diffusion": diffusion.detach()}

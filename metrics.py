@@ -23,7 +23,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Reading:
+class Definition:
     """How two spectra become CovDist and LogCovDist, and on which features and reference set."""
 
     covdist: str
@@ -37,17 +37,17 @@ class Reading:
 # The definition behind the paper's CovDist and LogCovDist columns is not public; "ours" is this project's.
 # Its noise floor and error at N = 10,000 fit the published magnitudes, where most readings' do not. That is
 # elimination, not identification: compare values within one reading, never with the paper's table.
-READINGS = {
-    "ours": Reading("mean_abs", "mean_abs"),
+DEFINITIONS = {
+    "ours": Definition("mean_abs", "mean_abs"),
     # The public evaluation code of AIG (Jena et al. 2024), except that its eigenvalues are not sorted.
-    "jena2024": Reading("l2", "l2", log="log10", reference="base model"),
+    "jena2024": Definition("l2", "l2", log="log10", reference="base model"),
     # What a stub in the history of the official code points to: normalised CLIP ViT-B/32 embeddings.
-    "clip": Reading("l2", "mean_abs", features="clip"),
+    "clip": Definition("l2", "mean_abs", features="clip"),
     # A third party's, on torchvision's Inception, which is not built here. It has no linear distance.
-    "squares": Reading("none", "sum_squares", correction=0, features="torchvision", reference="base model"),
+    "squares": Definition("none", "sum_squares", correction=0, features="torchvision", reference="base model"),
     # The other averages that the published magnitudes of LogCovDist allow.
-    "rms": Reading("rms", "rms"),
-    "mse": Reading("mse", "mse"),
+    "rms": Definition("rms", "rms"),
+    "mse": Definition("mse", "mse"),
 }
 
 
@@ -202,7 +202,7 @@ def spectral_distances_and_errors(
     One block at a time is left out of x and, unless `fixed_reference`, of y. The errors leave out the bias,
     which is the distance of two samples of one distribution, and are too large where it dominates.
     """
-    value, form = _spectral_distances(x, y, reading), READINGS[reading]
+    value, form = _spectral_distances(x, y, reading), DEFINITIONS[reading]
     x, y = _pair(x, y)
     lam_x, lam_y = spectrum(x, form.correction), spectrum(y, form.correction)
     without_x = [_compare(lam, lam_y, form) for lam in _spectra_left_out(x, group_x, blocks, form.correction)]
@@ -225,16 +225,16 @@ def _eigenvalues(S: Tensor) -> Tensor:
 
 
 def _spectral_distances(x, y, reading: str) -> Tensor:
-    if reading not in READINGS:
-        raise ValueError(f"no reading {reading!r} of CovDist and LogCovDist; there are {', '.join(READINGS)}")
-    (x, y), form = _pair(x, y), READINGS[reading]
+    if reading not in DEFINITIONS:
+        raise ValueError(f"no reading {reading!r} of CovDist and LogCovDist; there are {', '.join(DEFINITIONS)}")
+    (x, y), form = _pair(x, y), DEFINITIONS[reading]
     _warn_singular("CovDist, LogCovDist", x, y)
     if len(x) != len(y):
         warnings.warn(f"CovDist, LogCovDist: {len(x)} against {len(y)} images, biased unequally", stacklevel=3)
     return _compare(spectrum(x, form.correction), spectrum(y, form.correction), form)
 
 
-def _compare(lam_x: Tensor, lam_y: Tensor, form: Reading) -> Tensor:
+def _compare(lam_x: Tensor, lam_y: Tensor, form: Definition) -> Tensor:
     """(CovDist, LogCovDist), (2,)."""
     log = {"ln": torch.log, "log10": torch.log10}[form.log]
     d, d_log = lam_x - lam_y, log(lam_x + 1e-10) - log(lam_y + 1e-10)

@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from combined import plain
-from scheduler import Scheduler, denoise, randn
+from combined import conditional
+from scheduler import Scheduler, denoise, sample_noise
 
 LAST = 10  # t_f is drawn from the last ten steps
 
 
-def draw_step(first: int, scheduler: Scheduler, generator: torch.Generator) -> int:
+def sample_t_f(first: int, scheduler: Scheduler, generator: torch.Generator) -> int:
     """A step index t_f, uniform over first, ..., T - 1."""
     return int(torch.randint(first, len(scheduler.steps), (), generator=generator))
 
 
-def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+def random_shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """Images (B, 3, H, W), each moved by 0..most pixels down and right, edges repeated.
 
     A vision transformer sees the picture in patches; what is moved at random cannot be fitted to their grid.
@@ -53,7 +53,7 @@ def reward_loss(
     x0 = scheduler.predict_x0(x_t, eps, t)
     images = vae.decode(x0)
     if shift:
-        images = shifted(images, shift, generator)
+        images = random_shift(images, shift, generator)
     r = reward(images, prompts)  # (B,)
     return -r.mean(), {"reward": r.detach().mean()}  # Eq. (2)
 
@@ -70,8 +70,8 @@ def refl_loss(
     shift: int = 0,
 ) -> tuple[Tensor, dict]:
     """Eq. (2) for latents of `shape` (B, C, H, W): returns the loss, without its factor k_R, and what to log."""
-    x_t = randn(shape, generator, conditioning["context"].device)
-    t_f = draw_step(len(scheduler.steps) - LAST, scheduler, generator)
+    x_t = sample_noise(shape, generator, conditioning["context"].device)
+    t_f = sample_t_f(len(scheduler.steps) - LAST, scheduler, generator)
     with torch.no_grad():
-        x_t = denoise(scheduler, plain(unet, conditioning), x_t, scheduler.steps[:t_f], generator)
+        x_t = denoise(scheduler, conditional(unet, conditioning), x_t, scheduler.steps[:t_f], generator)
     return reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts, generator, shift)

@@ -201,11 +201,11 @@ def load(name: str, source: str | Path | None = None, device="cpu", dtype=None, 
     from pretrained import reward_networks as models
 
     config = path.parent if (path.parent / "config.json").is_file() else None
-    network, tokenizer = models.blank(name, config), models.tokenizer(name, vocabulary)
-    models.fill(network, models.rename(name, read_checkpoint(name, path)), path)
+    network, tokenizer = models.build_meta(name, config), models.tokenizer(name, vocabulary)
+    models.load_strict(network, models.rename(name, read_checkpoint(name, path)), path)
     reward = models.Reward(name, network.to(device), tokenizer, SCALE[name])
     if dtype is not None:
-        models.lower(network, dtype)
+        models.to_bf16(network, dtype)
     if original:
         reward.prepare = models.preprocess_padded if name.startswith("hpsv2") else models.preprocess_8bit
     return reward
@@ -266,9 +266,9 @@ def build(spec: str, sources: str | list | None = None, device="cpu", dtype=None
 
 def read_image(path: str):
     """One picture as (1, 3, H, W) in [-1, 1]."""
-    from utils.images import read, to_tensor
+    from utils.images import read_image, to_tensor
 
-    return to_tensor(read(path))[None]
+    return to_tensor(read_image(path))[None]
 
 
 def score(args: argparse.Namespace) -> None:

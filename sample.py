@@ -56,11 +56,11 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import weights  # noqa: E402
-from combined import aig_weights, generate, switch_weights  # noqa: E402
+from combined import aig_weights, combined_weights, generate  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from speed import prepacked  # noqa: E402
 from training.data import check_unicode, read_prompts  # noqa: E402
-from utils.images import grid, save_png, to_pictures  # noqa: E402
+from utils.images import grid, save_png, to_pil  # noqa: E402
 
 TOGETHER = 8  # batches that one change from base to tuned model serves
 GRID = 64  # prompts in grid.png, the first ones
@@ -85,7 +85,7 @@ def choose(args) -> dict:
         print(
             f"checkpoint: {args.checkpoint} ({'the newest run' if newest else 'the one that ships with the tiny base'})"
         )
-    known = weights.about(args.checkpoint)
+    known = weights.tuning_metadata(args.checkpoint)
     args.base = args.base or known.get("base") or weights.own_base(args.checkpoint) or "tiny"
     return known
 
@@ -103,13 +103,13 @@ def ticking(unet, bar: tqdm):
 
 def compiled(network: torch.nn.Module) -> None:
     """A graph for each number of images: in one for all, convolutions would not be as fast on a GPU."""
-    prepacked.to_compile(network).compile(dynamic=False)
+    prepacked.prepare_for_compile(network).compile(dynamic=False)
 
 
 def main(args) -> None:
     known = choose(args)
     config = weights.read_config(args.base, "unet")
-    row = presets.of(args.base, config)
+    row = presets.preset_for(args.base, config)
     if args.aig is not None and args.switch is not None:
         raise ValueError("--aig and --switch: give one of the two")
     if args.switch is None:
@@ -133,12 +133,12 @@ def main(args) -> None:
         mixture = aig_weights(args.steps, args.aig)
     else:
         try:
-            mixture = switch_weights(args.steps, args.switch)
+            mixture = combined_weights(args.steps, args.switch)
         except ValueError as error:
             raise ValueError(f"--switch {args.switch}: {error}") from None
 
     dtype = cli.stored(args)
-    faster = compiled if args.compile else prepacked.pack
+    faster = compiled if args.compile else prepacked.prepack
     base, tuned = weights.load_tuned(args.checkpoint, args.base, args.device, dtype, args.aig is None, faster)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
     faster(vae.decoder)
@@ -156,7 +156,7 @@ def main(args) -> None:
                 images = generate(
                     base, tuned, vae, text, scheduler, mixture, list(asked), list(seeds), size, args.guidance, batch
                 )
-            pictures = to_pictures(images)
+            pictures = to_pil(images)
             for i, (prompt, seed, picture) in enumerate(zip(asked, seeds, pictures, strict=True), at):
                 save_png(picture, output / f"{i // n:05d}-{seed}.png", parameters_line(prompt, seed, args, size))
             shown = (shown + pictures)[: GRID * n]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from utils.device import send
+from utils.device import to_device
 
 TRAIN_STEPS = 1000
 
@@ -51,19 +51,21 @@ class Scheduler:
         """From step i to the next: x_{t-1} = a_t x_t + b_t eps + c_t z. No z is drawn where c_t = 0."""
         a, b, c = self.a[i].item(), self.b[i].item(), self.c[i].item()
         x = a * x_t + b * eps
-        return x + c * randn(x_t.shape, generator, x_t.device) if c else x
+        return x + c * sample_noise(x_t.shape, generator, x_t.device) if c else x
 
     def _abar(self, t: Tensor | int, x: Tensor) -> Tensor:
         abar = self.abar[t.cpu() if isinstance(t, Tensor) else t]
-        return send(abar, x.device).view(-1, 1, 1, 1) if abar.ndim else abar  # one number stays here: no device waits
+        return (
+            to_device(abar, x.device).view(-1, 1, 1, 1) if abar.ndim else abar
+        )  # one number stays here: no device waits
 
 
-def batched(t: Tensor | int, x: Tensor) -> Tensor:
+def expand_timesteps(t: Tensor | int, x: Tensor) -> Tensor:
     """A timestep for each image of x: (B,), filled on its device. A compiled network has one graph for all of them."""
     return (t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)).expand(len(x))
 
 
-def randn(shape: Iterable[int], generator: Generators, device: str | torch.device = "cpu") -> Tensor:
+def sample_noise(shape: Iterable[int], generator: Generators, device: str | torch.device = "cpu") -> Tensor:
     """Standard normal noise in float32, drawn on the CPU whatever the device.
 
     `generator`: one for the batch, or a list of one an image, which makes the noise of an image independent of the
@@ -73,7 +75,7 @@ def randn(shape: Iterable[int], generator: Generators, device: str | torch.devic
         noise = torch.cat([torch.randn(1, *shape[1:], generator=g) for g in generator])
     else:
         noise = torch.randn(shape, generator=generator)
-    return send(noise, device)
+    return to_device(noise, device)
 
 
 def denoise(

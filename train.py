@@ -101,23 +101,23 @@ from diffusion import pretraining_loss  # noqa: E402
 from imagerefl import imagerefl_loss, is_refl_update  # noqa: E402
 from pretrained import lora  # noqa: E402
 from refl import refl_loss  # noqa: E402
-from scheduler import Scheduler, batched  # noqa: E402
+from scheduler import Scheduler, expand_timesteps  # noqa: E402
 from speed import prepacked  # noqa: E402
-from speed.fused_upsample import fold  # noqa: E402
-from speed.inference_copy import Rollout  # noqa: E402
+from speed.fused_upsample import fuse  # noqa: E402
+from speed.inference_copy import InferenceCopy  # noqa: E402
 from training import checkpoint, cost, monitor, run_folder  # noqa: E402
-from training.data import Captions, Pictures, Stream, open_data, read_prompts  # noqa: E402
-from unet import UNet, UNetConfig, initialise  # noqa: E402
+from training.data import DataStream, ImageDataset, PromptDataset, open_data, read_prompts  # noqa: E402
+from unet import UNet, UNetConfig, init_weights  # noqa: E402
 from utils import disk, distributed  # noqa: E402
-from utils.device import send  # noqa: E402
+from utils.device import to_device  # noqa: E402
 
 SCHEDULER = Scheduler(40, eta=1.0)
 ADAM_EPS = 1e-15  # the loss is scaled by 1e-3 and less, so that Adam's usual 1e-8 would throttle the update
 SKIPS = 10  # updates in a row without a finite loss and gradient, after which a run stops
-FIRST = distributed.RANK == 0  # this process alone writes
+FIRST = distributed.rank == 0  # this process alone writes
 
 
-def resolve(args, row: presets.Settings) -> None:
+def resolve(args, row: presets.Preset) -> None:
     """Fill in what was not given. Raises ValueError for flags that do not go together."""
     args.reward = args.reward or row.reward
     args.steps = args.steps or row.updates[args.method]
@@ -153,9 +153,9 @@ def resolve(args, row: presets.Settings) -> None:
     for flag in ("lora", "ema", "compile", "plan"):
         if args.shard and getattr(args, flag):
             raise ValueError(f"--{flag} does not go with --shard; leave out one of them")
-    if args.shard and distributed.COUNT == 1:
+    if args.shard and distributed.world_size == 1:
         raise ValueError("--shard spreads the weights over processes: torchrun --nproc-per-node N train.py ... --shard")
-    distributed.check_passes(args.batch_size, args.accumulate)
+    distributed.check_divisible(args.batch_size, args.accumulate)
 
 
 def generator_of(*numbers: int) -> torch.Generator:
@@ -178,7 +178,7 @@ def rate(args, update: int) -> float:
     return args.lr * warm * decay
 
 
-def load_models(args, row: presets.Settings, config: dict) -> SimpleNamespace:
+def load_models(args, row: presets.Preset, config: dict) -> SimpleNamespace:
     """Everything with weights: `unet` trains, the rest is frozen; None for what the method does not need."""
     device, tunes = args.device, args.method != "diffusion"
     frozen = cli.stored(args)
@@ -191,24 +191,24 @@ def load_models(args, row: presets.Settings, config: dict) -> SimpleNamespace:
         elif row is presets.TINY:
             m.features = metrics.clip_features(presets.FEATURES, device)
     m.text = weights.load_text(args.base, device, frozen)
-    m.vae = fold(weights.load_vae(args.base, device, frozen).requires_grad_(False))
+    m.vae = fuse(weights.load_vae(args.base, device, frozen).requires_grad_(False))
     if args.text_on_cpu:
         for part in (m.text, *(reward for total in (m.reward, m.judge) if total for reward in total.rewards)):
             part.on_cpu()
     if args.init == "random":
-        m.unet = initialise(UNet(UNetConfig.from_dict(config)), generator_of(args.seed)).to(device)
+        m.unet = init_weights(UNet(UNetConfig.from_dict(config)), generator_of(args.seed)).to(device)
     else:
         m.unet = weights.load_unet(args.base, device, frozen if args.lora else torch.float32)
     if args.lora:
         m.parameters = lora.add(m.unet, args.lora, generator=generator_of(args.seed))
-        m.base, m.tuned = lora.halves(fold(m.unet))  # one set of weights
+        m.base, m.tuned = lora.base_and_tuned(fuse(m.unet))  # one set of weights
     else:
         m.parameters, m.tuned = list(m.unet.parameters()), m.unet
         m.base = copy.deepcopy(m.unet).to("cpu", frozen).requires_grad_(False) if tunes else None  # until it samples
         if tunes and device == "cpu" and not args.compile:
-            prepacked.pack(m.base)
+            prepacked.prepack(m.base)
         elif tunes:
-            fold(m.base)
+            fuse(m.base)
     if args.ema:
         m.ema = copy.deepcopy(m.unet).requires_grad_(False)
     m.unet.checkpointing = "unet" in (args.checkpointing or "")
@@ -217,9 +217,9 @@ def load_models(args, row: presets.Settings, config: dict) -> SimpleNamespace:
     if args.compile:
         compile_networks(args, m)
     if tunes and frozen != torch.float32 or args.shard:
-        m.net = Rollout(m.net, m.unet, frozen, args.compile, copied=not args.lora)
+        m.net = InferenceCopy(m.net, m.unet, frozen, args.compile, copied=not args.lora)
     elif tunes and not args.compile:
-        m.net = Rollout(m.net, m.unet, None)
+        m.net = InferenceCopy(m.net, m.unet, None)
     if args.shard:
         distributed.shard(m.unet)
         m.parameters, m.tuned = list(m.unet.parameters()), m.net.copy
@@ -235,9 +235,9 @@ def compile_networks(args, m) -> None:
     x = torch.randn(args.batch_size, m.vae.config.latent_channels, side, side, generator=generator_of(args.seed))
     x = x.to(args.device).requires_grad_()
     conditioning = m.text(["a"] * args.batch_size, (args.resolution, args.resolution))
-    prepacked.to_compile(m.vae.decoder)
+    prepacked.prepare_for_compile(m.vae.decoder)
     if args.lora:
-        prepacked.to_compile(m.unet)
+        prepacked.prepare_for_compile(m.unet)
     net, decode = (torch.compile(f, dynamic=False) for f in (m.unet, m.vae.decode))  # a grid has other sizes
 
     def gradient(f, of: list) -> torch.Tensor:
@@ -254,7 +254,7 @@ def compile_networks(args, m) -> None:
             raise ValueError(
                 f"--compile: the {name}'s compiled gradient is wrong here; try --dtype float32, or without"
             )
-    m.net, m.vae.decode = (lambda x_t, t, **given: net(x_t, batched(t, x_t), **given)), decode
+    m.net, m.vae.decode = (lambda x_t, t, **given: net(x_t, expand_timesteps(t, x_t), **given)), decode
 
 
 @torch.no_grad()
@@ -272,17 +272,19 @@ def encode_all(args, vae, data) -> tuple[torch.Tensor, list[str]]:
     return torch.cat(moments), captions
 
 
-def next_batch(args, m, stream: Stream, cache, generator) -> tuple:
+def next_batch(args, m, stream: DataStream, cache, generator) -> tuple:
     """Scaled latents of the next real images (None for ReFL, which needs none), and their captions."""
     if cache:
         moments, captions = cache
         rows = stream.indices(args.batch_size)
-        return m.vae.draw(*send(moments[rows], args.device).float().unbind(1), generator), [captions[i] for i in rows]
+        return m.vae.draw(*to_device(moments[rows], args.device).float().unbind(1), generator), [
+            captions[i] for i in rows
+        ]
     images, captions = stream.batch(args.batch_size)
     if args.method == "refl":
         return None, captions
     with torch.no_grad():
-        return m.vae.sample(send(images, args.device), generator), captions
+        return m.vae.sample(to_device(images, args.device), generator), captions
 
 
 def loss_of(args, m, x0, prompts: list[str], update: int, generator) -> tuple[torch.Tensor, dict]:
@@ -303,10 +305,10 @@ def loss_of(args, m, x0, prompts: list[str], update: int, generator) -> tuple[to
     )  # fmt: skip
 
 
-def add_gradients(args, m, stream: Stream, cache, update: int, position: int) -> list[dict]:
+def add_gradients(args, m, stream: DataStream, cache, update: int, position: int) -> list[dict]:
     """Add up the gradients of this process's passes; returns what each logs. `position`: where the images begin."""
     logs = []
-    for part in distributed.share(args.accumulate):
+    for part in distributed.micro_batches_of_this_rank(args.accumulate):
         generator = generator_of(args.seed, update, part)
         stream.position = position + part * args.batch_size
         with cli.autocast(args.device, args.dtype):
@@ -326,11 +328,11 @@ def update_weights(args, m, optimizer, update: int, values: dict[str, float]) ->
     for group in optimizer.param_groups:
         group["lr"] = rate(args, update)
     norm = torch.nn.utils.clip_grad_norm_(m.parameters, args.max_grad_norm or math.inf)
-    values["grad_norm"] = distributed.whole(norm).item()
+    values["grad_norm"] = distributed.gather(norm).item()
     taken = all(map(math.isfinite, values.values()))
     if taken:
         optimizer.step()
-        if isinstance(m.net, Rollout):
+        if isinstance(m.net, InferenceCopy):
             m.net.refresh()
         if m.ema:
             decay = min(args.ema, (update + 1) / (update + 10))  # shorter at first, to forget the start
@@ -344,8 +346,8 @@ def main(args) -> None:
         return show_plan(args)
     folder = run_folder.read(args) if args.resume else None
     config = weights.read_config(args.base, "unet")
-    row = presets.of(args.base, config)
-    distributed.take_gpu()
+    row = presets.preset_for(args.base, config)
+    distributed.set_device()
     resolve(args, row)
     weights.check_resolution(args.base, args.resolution)
     if FIRST and not args.resume:
@@ -355,12 +357,12 @@ def main(args) -> None:
     if args.monitor and len(prompts) < 2:
         raise ValueError("--monitor compares prompts with their scatter: --prompts must name two or more")
     data = open_data(args.data, args.resolution)
-    if isinstance(data, Captions) and args.method != "refl":
+    if isinstance(data, PromptDataset) and args.method != "refl":
         raise ValueError(f"--data {args.data}: {args.method} needs images, and these are prompts alone")
-    if isinstance(data, Pictures) and args.method == "refl":
-        data = Captions([caption for _, caption in data.rows])  # no picture needs to be read
+    if isinstance(data, ImageDataset) and args.method == "refl":
+        data = PromptDataset([caption for _, caption in data.rows])  # no picture needs to be read
     try:
-        with distributed.group(args.device):
+        with distributed.process_group(args.device):
             m = load_models(args, row, config)
             with disk.lock(folder) if FIRST else nullcontext():
                 if FIRST and not args.resume and run_folder.new_folder(args) != folder:
@@ -372,19 +374,19 @@ def main(args) -> None:
         raise ValueError(memory_advice(args, error)) from None
 
 
-def train(args, m, row: presets.Settings, prompts: list[str], data, folder: Path | None) -> None:
+def train(args, m, row: presets.Preset, prompts: list[str], data, folder: Path | None) -> None:
     """All updates that are left, then the result; `folder` is the run's, None where another process writes it."""
     optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
-    mfu = cost.Meter(args, m.unet.config, m.vae.config) if args.device != "cpu" else None
+    mfu = cost.MFUMeter(args, m.unet.config, m.vae.config) if args.device != "cpu" else None
     modules = {"unet": torch.nn.ParameterList(m.parameters) if args.lora else m.unet}
     modules |= {"ema": m.ema} if m.ema else {}
     progress = {"update": 0, "position": 0, "skipped": 0, "in_a_row": 0}
     if args.resume:
         progress |= checkpoint.load_newest(Path(args.resume) / "states", modules, optimizer)
-        if isinstance(m.net, Rollout):
+        if isinstance(m.net, InferenceCopy):
             m.net.refresh()
-    ahead = distributed.COUNT if args.device != "cpu" else 0  # a CPU has its hands full
-    stream = Stream(data, args.seed, ahead=ahead)
+    ahead = distributed.world_size if args.device != "cpu" else 0  # a CPU has its hands full
+    stream = DataStream(data, args.seed, ahead=ahead)
     cache = encode_all(args, m.vae, data) if args.cache_latents else None
     about = {}
     if FIRST:
@@ -400,24 +402,24 @@ def train(args, m, row: presets.Settings, prompts: list[str], data, folder: Path
                 torch.cuda.reset_peak_memory_stats()
             logs = add_gradients(args, m, stream, cache, update, progress["position"])
             if not args.shard:
-                distributed.add_up(p.grad for p in m.parameters)
+                distributed.all_reduce(p.grad for p in m.parameters)
             sums = [sum(log[key].item() for log in logs) for key in logs[0]]
             late = FIRST and time.time() - saved >= 60 * (args.save_minutes or math.inf)
-            *sums, stop, late = distributed.total([*sums, len(signals), late], args.device)
+            *sums, stop, late = distributed.all_reduce_sum([*sums, len(signals), late], args.device)
             values = {key: value / args.accumulate for key, value in zip(logs[0], sums, strict=True)}
             taken = update_weights(args, m, optimizer, update, values)
             values["seconds"] = round(time.time() - began, 4)
             if args.device != "cpu":
                 values["peak_gb"] = round(torch.cuda.max_memory_allocated() / cost.GB, 2)
             if mfu:
-                values["mfu"] = round(mfu(kind_of(args, update), values["seconds"]) / distributed.COUNT, 4)
+                values["mfu"] = round(mfu(kind_of(args, update), values["seconds"]) / distributed.world_size, 4)
             asked = range(progress["position"], progress["position"] + args.batch_size * args.accumulate)
             progress["update"], progress["position"] = update + 1, asked.stop
             progress["in_a_row"] = 0 if taken else progress["in_a_row"] + 1
             collapsed = False
             if args.monitor and (update + 1) % args.monitor == 0:
                 warned = FIRST and monitor.look(args, m, row, prompts, about, update, values)
-                collapsed = distributed.total([warned and args.stop_on_collapse], args.device) == [1]
+                collapsed = distributed.all_reduce_sum([warned and args.stop_on_collapse], args.device) == [1]
             last = bool(stop) or collapsed or update + 1 == args.steps
             stuck = not taken and progress["in_a_row"] % SKIPS == 0
             saves = last or late or stuck or (update + 1) % args.save_every == 0
@@ -457,7 +459,7 @@ def train(args, m, row: presets.Settings, prompts: list[str], data, folder: Path
         print(f"written to {folder}")
 
 
-def look_at_start(args, m, row: presets.Settings, prompts: list[str], about: dict, update: int, folder: Path) -> None:
+def look_at_start(args, m, row: presets.Preset, prompts: list[str], about: dict, update: int, folder: Path) -> None:
     """Show what training begins with, and note how it does where that is to be watched and is not known."""
     if args.monitor and "monitor" not in about:
         monitor.look(args, m, row, prompts, about, update, {})
@@ -466,7 +468,7 @@ def look_at_start(args, m, row: presets.Settings, prompts: list[str], about: dic
         monitor.show(args, m, row, prompts, folder / "samples" / "step-000000.png")
 
 
-def compare(args, m, row: presets.Settings, prompts: list[str], about: dict, folder: Path) -> None:
+def compare(args, m, row: presets.Preset, prompts: list[str], about: dict, folder: Path) -> None:
     """Say how the samples have changed, and how to use the result."""
     switch = row.switch[args.method]
     switches = {"base": len(SCHEDULER.steps), "tuned": 0, f"--switch {switch}": switch}
@@ -498,8 +500,8 @@ def show_plan(args) -> None:
     """What a run with these flags would cost. Needs neither weights nor data."""
     unet, vae = cost.configs(args.base)
     args.data = args.data or "."
-    resolve(args, presets.of(args.base, unet.to_dict()))
-    for line in cost.report(args, unet, vae):
+    resolve(args, presets.preset_for(args.base, unet.to_dict()))
+    for line in cost.cost_report(args, unet, vae):
         print(line, flush=True)
 
 

@@ -126,7 +126,7 @@ TINY = UNetConfig(
 )
 
 
-def sinusoid(t: Tensor, width: int) -> Tensor:
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Numbers (B,) -> embedding (B, width): cosines, then sines, of wavelengths from 2 pi to 20,000 pi."""
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
@@ -134,7 +134,7 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class Embedding(nn.Module):
+class TimestepEmbedding(nn.Module):
     """Two linear layers, on top of a sinusoid."""
 
     def __init__(self, c_in: int, c_out: int):
@@ -165,7 +165,7 @@ class ResnetBlock(nn.Module):
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(c)) v of queries (B, heads, L, c), keys and values (B, heads, S, c)."""
     few = q.shape[2] * k.shape[2] <= 256**2
     if few and q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad:  # there the fused kernel's gradient is slow
@@ -188,7 +188,7 @@ class Attention(nn.Module):
         B, L, C = x.shape
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (t.view(B, -1, self.heads, C // self.heads).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, c)
-        return self.to_out[0](attend(q, k, v).transpose(1, 2).reshape(B, L, C))
+        return self.to_out[0](attention(q, k, v).transpose(1, 2).reshape(B, L, C))
 
 
 class GEGLU(nn.Module):
@@ -259,7 +259,7 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
-class Level(nn.Module):
+class Block(nn.Module):
     """The residual blocks of one resolution, each followed by a transformer where the depth is not 0."""
 
     def __init__(self, c_ins: list[int], c: int, depth: int, heads: int, c_emb: int, config: UNetConfig):
@@ -273,19 +273,19 @@ class Level(nn.Module):
         return self.attentions[i](x, context) if self.attentions else x
 
 
-class Down(Level):
+class DownBlock(Block):
     def __init__(self, c_in: int, c: int, depth: int, heads: int, c_emb: int, config: UNetConfig, downsample: bool):
         super().__init__([c_in] + [c] * (config.layers - 1), c, depth, heads, c_emb, config)
         self.downsamplers = nn.ModuleList([Downsample(c)] * downsample)
 
 
-class Mid(Level):
+class MidBlock(Block):
     def __init__(self, c: int, depth: int, heads: int, c_emb: int, config: UNetConfig):
         super().__init__([c], c, depth, heads, c_emb, config)
         self.resnets.append(ResnetBlock(c, c, c_emb, config.groups))
 
 
-class Up(Level):
+class UpBlock(Block):
     def __init__(
         self, c_ins: list[int], c: int, depth: int, heads: int, c_emb: int, config: UNetConfig, upsample: bool
     ):
@@ -303,32 +303,32 @@ class UNet(nn.Module):
         c, depths, heads, last = config.channels, config.depths, config.heads, len(config.channels) - 1
         c_emb = 4 * c[0]
         self.conv_in = nn.Conv2d(config.latent_channels, c[0], 3, padding=1)
-        self.time_embedding = Embedding(c[0], c_emb)
+        self.time_embedding = TimestepEmbedding(c[0], c_emb)
         if config.pooled:
-            self.add_embedding = Embedding(config.pooled, c_emb)
+            self.add_embedding = TimestepEmbedding(config.pooled, c_emb)
 
         skips = [c[0]]  # channels of what the way down leaves for the way up
         self.down_blocks = nn.ModuleList()
         for i in range(len(c)):
-            self.down_blocks.append(Down(c[max(i - 1, 0)], c[i], depths[i], heads[i], c_emb, config, i < last))
+            self.down_blocks.append(DownBlock(c[max(i - 1, 0)], c[i], depths[i], heads[i], c_emb, config, i < last))
             skips += [c[i]] * (config.layers + (i < last))
-        self.mid_block = Mid(c[-1], config.mid_depth, heads[-1], c_emb, config)
+        self.mid_block = MidBlock(c[-1], config.mid_depth, heads[-1], c_emb, config)
         self.up_blocks = nn.ModuleList()
         width = c[-1]
         for i in reversed(range(len(c))):
             c_ins = [(width if j == 0 else c[i]) + skips.pop() for j in range(config.layers + 1)]
-            self.up_blocks.append(Up(c_ins, c[i], depths[i], heads[i], c_emb, config, i > 0))
+            self.up_blocks.append(UpBlock(c_ins, c[i], depths[i], heads[i], c_emb, config, i > 0))
             width = c[i]
         self.conv_norm_out = nn.GroupNorm(config.groups, c[0], eps=1e-5)
         self.conv_out = nn.Conv2d(c[0], config.latent_channels, 3, padding=1)
 
     def embed(self, t: Tensor, pooled: Tensor | None, time_ids: Tensor | None) -> Tensor:
         """Timesteps (B,), and for SDXL pooled text (B, P) and sizes (B, 6), -> embedding (B, 4 C)."""
-        emb = self.time_embedding(sinusoid(t, self.config.channels[0]))
+        emb = self.time_embedding(timestep_embedding(t, self.config.channels[0]))
         if self.config.pooled:
             if pooled is None or time_ids is None:
                 raise ValueError("this UNet is an SDXL one: it needs `pooled` text and `time_ids`")
-            sizes = sinusoid(time_ids.flatten(), self.config.size_embedding).view(len(t), -1)  # (B, 6 * 256)
+            sizes = timestep_embedding(time_ids.flatten(), self.config.size_embedding).view(len(t), -1)  # (B, 6 * 256)
             emb = emb + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], dim=-1))
         return emb
 
@@ -352,7 +352,7 @@ class UNet(nn.Module):
         if not isinstance(timesteps, Tensor):
             timesteps = torch.full((B,), timesteps, device=latents.device)  # copied from nowhere: nothing waits
         emb = F.silu(self.embed(timesteps.to(latents.device).expand(B), pooled, time_ids))
-        cell = self._recomputed if self.checkpointing and torch.is_grad_enabled() else Level.cell
+        cell = self._recomputed if self.checkpointing and torch.is_grad_enabled() else Block.cell
 
         x = self.conv_in(latents.to(self.conv_in.weight.dtype))
         skips = [x]
@@ -377,11 +377,11 @@ class UNet(nn.Module):
 
     @staticmethod
     def _recomputed(*args) -> Tensor:
-        return checkpoint(Level.cell, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(Block.cell, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()
-def initialise(unet: UNet, generator: torch.Generator) -> UNet:
+def init_weights(unet: UNet, generator: torch.Generator) -> UNet:
     """Fresh weights: every convolution and linear layer keeps the variance, every residual branch begins at zero."""
     for name, module in unet.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

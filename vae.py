@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scheduler import randn
+from scheduler import sample_noise
 from speed.fused_upsample import Upsample
 
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         return x + h.transpose(1, 2).reshape(B, C, H, W)
 
 
-class Mid(nn.Module):
+class MidBlock(nn.Module):
     def __init__(self, c: int, groups: int):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c, c, groups) for _ in range(2)])
@@ -119,7 +119,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded right and below only, as the checkpoints expect
 
 
-class Down(nn.Module):
+class DownBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, downsample: bool):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
@@ -131,7 +131,7 @@ class Down(nn.Module):
         return x
 
 
-class Up(nn.Module):
+class UpBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, upsample: bool):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
@@ -149,9 +149,9 @@ class Encoder(nn.Module):
         c, last = config.channels, len(config.channels) - 1
         self.conv_in = nn.Conv2d(3, c[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            [Down(c[max(i - 1, 0)], c[i], config.layers, config.groups, i < last) for i in range(len(c))]
+            [DownBlock(c[max(i - 1, 0)], c[i], config.layers, config.groups, i < last) for i in range(len(c))]
         )
-        self.mid_block = Mid(c[-1], config.groups)
+        self.mid_block = MidBlock(c[-1], config.groups)
         self.conv_norm_out = nn.GroupNorm(config.groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -167,9 +167,9 @@ class Decoder(nn.Module):
         super().__init__()
         c, last = config.channels[::-1], len(config.channels) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, c[0], 3, padding=1)
-        self.mid_block = Mid(c[0], config.groups)
+        self.mid_block = MidBlock(c[0], config.groups)
         self.up_blocks = nn.ModuleList(
-            [Up(c[max(i - 1, 0)], c[i], config.layers + 1, config.groups, i < last) for i in range(len(c))]
+            [UpBlock(c[max(i - 1, 0)], c[i], config.layers + 1, config.groups, i < last) for i in range(len(c))]
         )
         self.conv_norm_out = nn.GroupNorm(config.groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], 3, 3, padding=1)
@@ -214,7 +214,7 @@ class VAE(nn.Module):
 
     def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents in float32, drawn from a posterior as `encode` gives it."""
-        noise = randn(mean.shape, generator, mean.device)
+        noise = sample_noise(mean.shape, generator, mean.device)
         return (mean.float() + (0.5 * logvar.float()).exp() * noise) * self.config.scale
 
     def sample(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -58,7 +58,7 @@ def read_config(source: str | Path, component: str = "unet") -> dict:
     beside = place.parent / "config.json"
     if place.name.startswith(weight_files.STEMS) and beside.is_file():
         return weight_files.read_json(beside)
-    xl = "SDXL" in key_names.looks_like(weight_files.read(place))
+    xl = "SDXL" in key_names.identify(weight_files.read(place))
     published = {
         "unet": (unets.SDXL if xl else unets.SD15).to_dict(),
         "vae": (vaes.SDXL if xl else vaes.SD15).to_dict(),
@@ -78,7 +78,7 @@ def check(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -
         if key in tensors and tensors[key].shape != t.shape
     ]
     if wrong:
-        looks = key_names.looks_like(weight_files.read(path) if path.exists() else tensors)
+        looks = key_names.identify(weight_files.read(path) if path.exists() else tensors)
         raise ValueError(f"{path}: {len(wrong)} keys do not fit: {'; '.join(wrong[:3])}; the file looks like {looks}")
 
 
@@ -185,7 +185,7 @@ def own_base(checkpoint: str | Path) -> str | None:
     return str(place.parent if Path(checkpoint).exists() else checkpoint)  # of the hub, the rest is still to be fetched
 
 
-def about(checkpoint: str | Path) -> dict:
+def tuning_metadata(checkpoint: str | Path) -> dict:
     """What is known of how a model was tuned, such as `method` and `base`: the flags of a run, or its file's header."""
     run = Path(checkpoint) / "run.json"
     if run.is_file():
@@ -225,7 +225,7 @@ def load_tuned(
         unet = load_unet(base, device, dtype)
         lora.load(unet, place)
         prepare(unet)
-        return lora.halves(unet)
+        return lora.base_and_tuned(unet)
     width = {source: UNetConfig.from_dict(read_config(source)).context for source in (base, place)}
     if width[base] != width[place]:
         named = {unets.SDXL.context: "sdxl", unets.SD15.context: "sd15", unets.TINY.context: "tiny"}
@@ -233,14 +233,14 @@ def load_tuned(
         raise ValueError(f"{checkpoint}: takes text of width {width[place]}, the base {width[base]}; --base {flag}")
     base = own_base(checkpoint) or base
     if swap:
-        return swapped(base, place, device, dtype, prepare)
+        return one_at_a_time(base, place, device, dtype, prepare)
     pair = load_unet(base, device, dtype), load_unet(place, device, dtype)
     for unet in pair:
         prepare(unet)
     return pair
 
 
-def swapped(
+def one_at_a_time(
     base: str | Path,
     tuned: str | Path,
     device: str,
@@ -345,7 +345,7 @@ def inspect(path: Path) -> str:
     count = sum(t.numel() for t in tensors.values())
     types = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
     lines = [
-        f"{path}: {key_names.looks_like(tensors)}",
+        f"{path}: {key_names.identify(tensors)}",
         f"{len(tensors)} tensors, {count:,} numbers, {', '.join(types)}",
     ]
     lines += [f"{key}: {value[:100]}" for key, value in weight_files.read_metadata(path).items()]

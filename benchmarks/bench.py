@@ -31,14 +31,14 @@ from torch import Tensor, nn
 import rewards
 import unet as unets
 import vae as vaes
-from combined import guided, plain
+from combined import cfg, conditional
 from imagerefl import imagerefl_loss
 from pretrained import reward_networks
-from refl import LAST, draw_step, refl_loss
-from scheduler import Scheduler, denoise, randn
+from refl import LAST, refl_loss, sample_t_f
+from scheduler import Scheduler, denoise, sample_noise
 from speed import prepacked
-from speed.fused_upsample import fold
-from speed.inference_copy import Rollout
+from speed.fused_upsample import fuse
+from speed.inference_copy import InferenceCopy
 from train import ADAM_EPS
 from training import cost, presets
 from utils.cli import Parser, positive, run
@@ -141,10 +141,13 @@ def copied(network: nn.Module) -> nn.Module:
 def conditioning_of(config: unets.UNetConfig, batch: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Our UNet's arguments beside latents and timestep."""
     generator = torch.Generator().manual_seed(1)
-    given = {"context": randn((batch, 77, config.context), generator, device).to(dtype)}
+    given = {"context": sample_noise((batch, 77, config.context), generator, device).to(dtype)}
     if config.pooled:
         sizes = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]], device=device)
-        given |= {"pooled": randn((batch, 1280), generator, device).to(dtype), "time_ids": sizes.expand(batch, -1)}
+        given |= {
+            "pooled": sample_noise((batch, 1280), generator, device).to(dtype),
+            "time_ids": sizes.expand(batch, -1),
+        }
     return given
 
 
@@ -196,13 +199,13 @@ def tensors_of(*things) -> list[Tensor]:
 def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> tuple[dict[str, Side], float, str]:
     """One forward pass of a UNet: the sides, their disagreement, and what is done in words."""
     pair = both_unets(config, args.device)
-    quick = prepacked.view(pair[0])
-    x = randn((1, config.latent_channels, side, side), torch.Generator().manual_seed(2), args.device)
+    quick = prepacked.packed_copy(pair[0])
+    x = sample_noise((1, config.latent_channels, side, side), torch.Generator().manual_seed(2), args.device)
     given = conditioning_of(config, 1, args.device, torch.float32)
     with torch.no_grad():
         error = apart(quick(x, 500, **given), pair[1](x, 500, **in_their_words(given))[0], 1e-4)
     ours, theirs = lowered(pair, sizes.dtype)
-    prepacked.forget(quick)
+    prepacked.invalidate(quick)
     x = x.expand(sizes.batch, -1, -1, -1).to(sizes.dtype).contiguous()
     given = conditioning_of(config, sizes.batch, args.device, sizes.dtype)
     t = torch.full((sizes.batch,), 500, device=args.device)
@@ -220,7 +223,7 @@ def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> tuple[di
         last = copy.deepcopy(ours).to(memory_format=torch.channels_last)
         sides["channels_last"] = Side(lambda: last(x, t, **given), lambda: tensors_of(last))
     if args.compile:
-        net = torch.compile(prepacked.to_compile(copy.deepcopy(ours)))
+        net = torch.compile(prepacked.prepare_for_compile(copy.deepcopy(ours)))
         best = both_unets(config, args.device)[1].to(sizes.dtype)
         their_best(best)
         sides["ours compiled"] = Side(lambda: net(x, t, **given), kept)
@@ -232,12 +235,14 @@ def decode(args, sizes: Sizes) -> tuple[dict[str, Side], float, str]:
     """Latents to images by SD1.5's autoencoder."""
     config = sizes.vae if args.sizes == "tiny" else vaes.SD15
     pair = both_vaes(config, args.device)
-    quick = prepacked.view(pair[0])
-    z = randn((1, config.latent_channels, *[sizes.side_decode] * 2), torch.Generator().manual_seed(2), args.device)
+    quick = prepacked.packed_copy(pair[0])
+    z = sample_noise(
+        (1, config.latent_channels, *[sizes.side_decode] * 2), torch.Generator().manual_seed(2), args.device
+    )
     with torch.no_grad():
         error = apart(quick.decode(z), pair[1].decode(z / config.scale, return_dict=False)[0], 1e-4)
     ours, theirs = lowered(pair, sizes.dtype)
-    prepacked.forget(quick)
+    prepacked.invalidate(quick)
     z = z.expand(sizes.batch, -1, -1, -1).to(sizes.dtype).contiguous()
 
     def kept() -> list[Tensor]:
@@ -250,7 +255,7 @@ def decode(args, sizes: Sizes) -> tuple[dict[str, Side], float, str]:
     if args.device == "cpu":
         sides["ours, not packed"] = Side(lambda: ours.decode(z), kept)
     if args.compile:
-        compiled = torch.compile(prepacked.to_compile(copy.deepcopy(ours)).decode)
+        compiled = torch.compile(prepacked.prepare_for_compile(copy.deepcopy(ours)).decode)
         best = both_vaes(config, args.device)[1].to(sizes.dtype)
         their_best(best, "decode")
         sides["ours compiled"] = Side(lambda: compiled(z), kept)
@@ -274,7 +279,9 @@ def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float,
         return made
 
     def inputs(batch: int, dtype: torch.dtype) -> tuple[Tensor, dict, dict]:
-        x = randn((batch, config.latent_channels, *[sizes.side] * 2), torch.Generator().manual_seed(2), args.device)
+        x = sample_noise(
+            (batch, config.latent_channels, *[sizes.side] * 2), torch.Generator().manual_seed(2), args.device
+        )
         given = conditioning_of(config, batch, args.device, dtype)
         return x, given, {key: torch.zeros_like(t) for key, t in given.items()}
 
@@ -283,7 +290,7 @@ def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float,
 
     @torch.no_grad()
     def by_us(unet, x: Tensor, given: dict, empty: dict) -> Tensor:
-        predict = guided(unet, given, empty, guidance) if guidance != 1 else plain(unet, given)
+        predict = cfg(unet, given, empty, guidance) if guidance != 1 else conditional(unet, given)
         return denoise(scheduler, predict, x, scheduler.steps, seeds(len(x)))
 
     def by_them(made, x: Tensor, given: dict, empty: dict) -> Tensor:
@@ -292,10 +299,10 @@ def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float,
             num_inference_steps=40, guidance_scale=guidance, eta=1.0, generator=seeds(len(x)), output_type="latent",
         ).images  # fmt: skip
 
-    once, quick = inputs(1, torch.float32), prepacked.view(pair[0])
+    once, quick = inputs(1, torch.float32), prepacked.packed_copy(pair[0])
     error = apart(by_us(quick, *once), by_them(pipeline(pair[1]), *once), 1e-3)
     unet, made = lowered(pair, sizes.dtype)[0], pipeline(pair[1])
-    prepacked.forget(quick)
+    prepacked.invalidate(quick)
     given = inputs(sizes.batch, sizes.dtype)
 
     def kept() -> list[Tensor]:
@@ -308,7 +315,7 @@ def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float,
     if args.device == "cpu":
         sides["ours, not packed"] = Side(lambda: by_us(unet, *given), kept)
     if args.compile:
-        fast = Rollout(unet, unet, sizes.dtype, compiled=True)
+        fast = InferenceCopy(unet, unet, sizes.dtype, compiled=True)
         best = both_unets(config, args.device)[1].to(sizes.dtype)
         their_best(best)
         tuned = pipeline(best)
@@ -323,15 +330,17 @@ def reward_of(args) -> tuple[Callable, Callable]:
     that rounds it to bf16, as training has it."""
     if args.sizes != "gpu":
         return rewards.load("tiny", device=args.device), lambda: None
-    network = reward_networks.blank("hpsv2.1")
-    network = reward_networks.fill(network, random_weights(network.state_dict(), "cpu"), "random").to(args.device)
+    network = reward_networks.build_meta("hpsv2.1")
+    network = reward_networks.load_strict(network, random_weights(network.state_dict(), "cpu"), "random").to(
+        args.device
+    )
     text = torch.nn.functional.normalize(torch.ones(1, network.config.projection_dim, device=args.device), dim=-1)
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
             return network(reward_networks.preprocess(images, 224), text)
 
-    return reward, lambda: reward_networks.lower(network, torch.bfloat16)
+    return reward, lambda: reward_networks.to_bf16(network, torch.bfloat16)
 
 
 def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
@@ -353,7 +362,7 @@ def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
         return torch.autocast(args.device, torch.bfloat16, enabled=on)
 
     def inputs(batch: int) -> dict:
-        images = randn((batch, 3, pixels, pixels), torch.Generator().manual_seed(3), args.device).clamp(-1, 1)
+        images = sample_noise((batch, 3, pixels, pixels), torch.Generator().manual_seed(3), args.device).clamp(-1, 1)
         text = conditioning_of(config, batch, args.device, torch.float32)
         return {"images": images, "text": text, "prompts": ["octopus"] * batch}
 
@@ -371,14 +380,14 @@ def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
         generator, context = torch.Generator().manual_seed(seed), text["context"]
         shape = (len(images), config.latent_channels, sizes.side, sizes.side)
         if method == "refl":
-            first, x = 0, randn(shape, generator, args.device)
+            first, x = 0, sample_noise(shape, generator, args.device)
         else:
             with torch.no_grad():
                 x0 = their_vae.encode(images).latent_dist.sample(generator) * their_vae.config.scaling_factor
-            noise = randn(shape, generator, args.device)
+            noise = sample_noise(shape, generator, args.device)
             first, x = start, theirs.add_noise(x0, noise, steps[start].expand(len(images)))
             noised = x
-        t_f = draw_step(40 - LAST, scheduler, generator)
+        t_f = sample_t_f(40 - LAST, scheduler, generator)
         with torch.no_grad():
             for t in steps[first:t_f]:
                 eps = their_unet(x, t, encoder_hidden_states=context).sample
@@ -416,13 +425,13 @@ def step(args, sizes: Sizes, method: str) -> tuple[dict[str, Side], float, str]:
 
     def ours(compiled: bool) -> Side:
         frozen = torch.bfloat16 if args.device != "cpu" else torch.float32
-        mine, own = copied(both_unets(config, args.device)[0]), fold(both_vaes(sizes.vae, args.device)[0].to(frozen))
+        mine, own = copied(both_unets(config, args.device)[0]), fuse(both_vaes(sizes.vae, args.device)[0].to(frozen))
         optimizer = torch.optim.AdamW(mine.parameters(), 1e-6, eps=ADAM_EPS, fused=True)
         net, kept = torch.compile(mine) if compiled else mine, [mine, own, optimizer]
         if compiled:
-            prepacked.to_compile(own.decoder)
+            prepacked.prepare_for_compile(own.decoder)
             own.decode = torch.compile(own.decode)
-        net = Rollout(net, mine, None if args.device == "cpu" else frozen, compiled)
+        net = InferenceCopy(net, mine, None if args.device == "cpu" else frozen, compiled)
         kept += [] if args.device == "cpu" else [net.copy]
 
         def once() -> None:

@@ -42,7 +42,7 @@ from triton.backends.compiler import GPUTarget
 
 import unet as unets
 import vae as vaes
-from speed.fused_upsample import fold
+from speed.fused_upsample import fuse
 from training import cost
 
 BATCH = 8
@@ -149,10 +149,10 @@ def main() -> None:
     config = vaes.SD15.to_dict()
     rows = {
         "UNet, ours as it trains": (unets.UNet, predict, False, {}),
-        "UNet, ours": (lambda: fold(unets.UNet()), predict, True, {}),
+        "UNet, ours": (lambda: fuse(unets.UNet()), predict, True, {}),
         "UNet, diffusers": (their_unet, predict, True, bench.FAST),
         "decoder, ours as it is": (vaes.VAE, decode, False, {}),
-        "decoder, ours": (lambda: fold(vaes.VAE()), decode, True, {}),
+        "decoder, ours": (lambda: fuse(vaes.VAE()), decode, True, {}),
         "decoder, diffusers": (lambda: AutoencoderKL.from_config(config), decode, True, bench.FAST),
     }
     print(f"SD1.5 at {8 * SIDE} pixels, batch {BATCH}, bf16, no gradients: launches, and GB that they read and write\n")

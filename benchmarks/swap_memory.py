@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import weights
-from combined import generate, switch_weights
+from combined import combined_weights, generate
 from scheduler import Scheduler
 from speed import prepacked
 from unet import SD15, UNet
@@ -45,12 +45,12 @@ def peak(way: str, base: Path, tuned: Path) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until here
     how = ("cpu", torch.bfloat16)
     if way == "swapped":
-        models = weights.swapped(base, tuned, *how, prepacked.pack)
+        models = weights.one_at_a_time(base, tuned, *how, prepacked.prepack)
     else:
-        models = [prepacked.pack(weights.load_unet(base, *how))]
-        models += [prepacked.pack(weights.load_unet(tuned, *how))] if way == "two models" else models
+        models = [prepacked.prepack(weights.load_unet(base, *how))]
+        models += [prepacked.prepack(weights.load_unet(tuned, *how))] if way == "two models" else models
     vae = SimpleNamespace(factor=8, config=SimpleNamespace(latent_channels=4), decode=lambda x: x)
-    asked = (Scheduler(2), switch_weights(2, 1), ["a"], [1], (64, 64), 1.0)
+    asked = (Scheduler(2), combined_weights(2, 1), ["a"], [1], (64, 64), 1.0)
     generate(*models, vae, lambda prompts, size: {"context": torch.ones(len(prompts), 77, 768).bfloat16()}, *asked)
     return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) * 1024 / 1e9
 

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "reproduction"
 sys.path.insert(0, str(ROOT))
 import weights
-from combined import generate, switch_weights
+from combined import combined_weights, generate
 from scheduler import Scheduler
 from training import presets
 from training.data import EmojiSet
 from utils import disk
-from utils.images import grid, save_png, to_pictures
+from utils.images import grid, save_png, to_pil
 
 
 def sample(checkpoint: str | None, switch: int, prompts: list[str], seeds: list[int]) -> list:
@@ -26,10 +26,8 @@ def sample(checkpoint: str | None, switch: int, prompts: list[str], seeds: list[
     unet = weights.load_unet("tiny")
     base, tuned = weights.load_tuned(checkpoint, "tiny") if checkpoint else (unet, unet)
     vae, text = weights.load_vae("tiny"), weights.load_text("tiny")
-    mixture, size = switch_weights(40, switch), (64, 64)
-    return to_pictures(
-        generate(base, tuned, vae, text, Scheduler(40), mixture, prompts, seeds, size, presets.TINY.guidance)
-    )
+    mixture, size = combined_weights(40, switch), (64, 64)
+    return to_pil(generate(base, tuned, vae, text, Scheduler(40), mixture, prompts, seeds, size, presets.TINY.guidance))
 
 
 def main() -> None:

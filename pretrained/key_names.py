@@ -154,7 +154,7 @@ def closest(names: Iterable[str], layouts: list[Layout]) -> Layout:
     return max(layouts, key=lambda layout: sum(layout[0] + name in names for name in layout[1].values()))
 
 
-def looks_like(names: Iterable[str]) -> str:
+def identify(names: Iterable[str]) -> str:
     """What a file with these names is, in words, and the flag that fits it."""
     text = "\n".join(names)
     return next((what for pattern, what in LOOKS if re.search(pattern, text, re.MULTILINE)), "nothing known here")
@@ -198,4 +198,4 @@ def fuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether a file holds a LoRA."""
-    return "LoRA" in looks_like(names)
+    return "LoRA" in identify(names)

@@ -96,7 +96,7 @@ def switch(unet: UNet, on: bool) -> None:
         layer.on = on
 
 
-def halves(unet: UNet) -> tuple[Callable, Callable]:
+def base_and_tuned(unet: UNet) -> tuple[Callable, Callable]:
     """Base and tuned model as two callables with the UNet's arguments, over one set of weights.
 
     The tuned one is the UNet itself: its adapters are off within a call of the base, and on otherwise.
@@ -231,7 +231,7 @@ def _parts(path: Path, layers: dict[str, nn.Linear], unet: UNet) -> dict[str, di
         first = ", ".join(strange[:3]) or "no key at all"
         raise ValueError(
             f"{path}: {len(strange)} of {len(tensors)} keys adapt no attention layer (to_q, to_k, to_v, to_out.0) of "
-            f"this UNet: {first}; the file looks like {key_names.looks_like(tensors)}"
+            f"this UNet: {first}; the file looks like {key_names.identify(tensors)}"
         )
     _alpha_of_peft(path, found)
     return found

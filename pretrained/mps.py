@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from pretrained import weight_files
-from utils.device import send
+from utils.device import to_device
 
 HEAD = 64  # width of a head; all heads of a layer share one key and one value of this width
 
@@ -130,7 +130,7 @@ class MPS(nn.Module):
 
         The mask is not used: the model was trained with its padding visible.
         """
-        out = self.model.text_model(torch.cat((ids, send(self.condition_ids, ids.device))))
+        out = self.model.text_model(torch.cat((ids, to_device(self.condition_ids, ids.device))))
         tokens = self.model.text_projection(out.last_hidden_state)  # (B + 1, S, D), after the final norm
         similarity = (tokens[:-1] @ tokens[-1].T).amax(-1)  # (B, S, S') -> (B, S)
         keep = similarity / similarity.amax(-1, keepdim=True) > self.threshold

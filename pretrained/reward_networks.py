@@ -29,7 +29,7 @@ from transformers import (
 
 from pretrained.mps import MPS
 from utils import images as pictures
-from utils.device import send
+from utils.device import to_device
 from utils.images import CLIP_MEAN, CLIP_STD
 
 # ------------------------------------------------------------------------------------------- images -> pixels
@@ -227,7 +227,7 @@ class ImageReward(nn.Module):
         return self.mlp["layers"](text.last_hidden_state[:, 0]).squeeze(-1)  # (B, S, Wt) -> (B,)
 
 
-def blank(name: str, folder=None) -> nn.Module:
+def build_meta(name: str, folder=None) -> nn.Module:
     """A reward's network on the meta device, of the sizes in `folder`'s config.json or the published ones."""
     read = BlipConfig if name == "imagereward" else CLIPConfig
     published = {"imagereward": blip_large, "clipscore": clip_vit_b}.get(name, clip_vit_h)
@@ -313,7 +313,7 @@ def from_imagereward(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def fill(network: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> nn.Module:
+def load_strict(network: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> nn.Module:
     """Puts `state` into a network on the meta device: every key accounted for, float32, frozen, eval mode.
 
     Raises ValueError naming `origin` and the keys that are missing, unexpected or misshaped.
@@ -338,7 +338,7 @@ def text_tower(network: nn.Module) -> list[nn.Module]:
     return [] if isinstance(network, ImageReward) else [network.model.text_model, network.model.text_projection]
 
 
-def lower(network: nn.Module, dtype: torch.dtype) -> None:
+def to_bf16(network: nn.Module, dtype: torch.dtype) -> None:
     """Runs the vision tower in `dtype`. Its matrices are kept so: autocast would round them again at every call."""
     network.dtype = dtype
     for module in getattr(network, "model", network).vision_model.modules():
@@ -403,8 +403,8 @@ class Reward:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
         if new:
             with torch.no_grad():
-                columns = self.network.encode_text(*(send(x, self.text_device or device) for x in self.ids(new)))
-                rows = ([send(column[i].clone(), device) for column in columns] for i in range(len(new)))
+                columns = self.network.encode_text(*(to_device(x, self.text_device or device) for x in self.ids(new)))
+                rows = ([to_device(column[i].clone(), device) for column in columns] for i in range(len(new)))
                 self.cache.update(zip(new, rows, strict=True))
         rows = [self.cache[prompt] for prompt in prompts]
         for prompt in list(self.cache)[: -self.kept]:

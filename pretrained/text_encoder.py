@@ -7,10 +7,10 @@ second one's pooled text, and the image size. S text tokens, D width of the stat
 import torch
 from torch import Tensor
 
-from utils.device import send
+from utils.device import to_device
 
 CACHE_BYTES = 2**29  # features of the latest prompts that are kept
-TOGETHER = 32  # prompts that a GPU encodes at once
+BATCH = 32  # prompts that a GPU encodes at once
 
 
 class TextEncoder:
@@ -43,17 +43,17 @@ class TextEncoder:
         Returns context (B, S, D) and for SDXL pooled (B, 1280), in the encoders' dtype, and time_ids (B, 6), float32.
         """
         features = self.features(prompts)
-        conditioning = {key: send(torch.cat([f[key] for f in features]), self.device) for key in features[0]}
+        conditioning = {key: to_device(torch.cat([f[key] for f in features]), self.device) for key in features[0]}
         if len(self.models) == 2:
             H, W = size
             time_ids = [[H, W, 0, 0, H, W]] * len(prompts)  # original size, crop offset, target size
-            conditioning["time_ids"] = send(torch.tensor(time_ids, dtype=torch.float32), self.device)
+            conditioning["time_ids"] = to_device(torch.tensor(time_ids, dtype=torch.float32), self.device)
         return conditioning
 
     def features(self, prompts: list[str]) -> list[dict[str, Tensor]]:
         """Of each prompt: context (1, S, D), for SDXL also pooled (1, 1280)."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
-        together = 1 if self.models[0].device.type == "cpu" else TOGETHER
+        together = 1 if self.models[0].device.type == "cpu" else BATCH
         for batch in (new[at : at + together] for at in range(0, len(new), together)):
             self.cache.update(zip(batch, self._encode(batch), strict=True))
         features = [self.cache[prompt] for prompt in prompts]
@@ -69,7 +69,7 @@ class TextEncoder:
             length = model.config.max_position_embeddings
             tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             with torch.autocast(model.device.type, enabled=False):  # the same inside and outside of autocast
-                outputs.append(model(send(tokens.input_ids, model.device), output_hidden_states=True))
+                outputs.append(model(to_device(tokens.input_ids, model.device), output_hidden_states=True))
         if len(outputs) == 1:
             states = {"context": outputs[0].last_hidden_state}
         else:

@@ -24,7 +24,7 @@ class Upsample(nn.Module):
 
 
 @torch.no_grad()
-def folded(weight: Tensor) -> Tensor:
+def fused_kernel(weight: Tensor) -> Tensor:
     """A 3x3 convolution's weight (C_out, C_in, 3, 3) -> the kernel (C_in, C_out, 4, 4) of both steps.
 
     Along a side the three taps become a, a + b, b + c, c: each doubled pixel is met by one or two of them.
@@ -37,14 +37,14 @@ def folded(weight: Tensor) -> Tensor:
     return kernel.unflatten(2, (4, 4)).to(weight.dtype)
 
 
-def fold(network: nn.Module) -> nn.Module:
+def fuse(network: nn.Module) -> nn.Module:
     """Fold what upsamples in a network, in place. To be called again when its weights have changed.
 
     The convolutions keep their weights, which get no gradient any more; what goes through them does.
     """
     for module in network.modules():
         if isinstance(module, Upsample):
-            kernel, old = folded(module.conv.weight), module.kernel
+            kernel, old = fused_kernel(module.conv.weight), module.kernel
             same = old is not None and (old.dtype, old.device) == (kernel.dtype, kernel.device)
             module.kernel = old.copy_(kernel) if same else kernel  # in its memory, to which a graph may refer
     return network

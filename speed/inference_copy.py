@@ -11,15 +11,17 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from scheduler import batched
+from scheduler import expand_timesteps
 from speed import prepacked
-from speed.fused_upsample import fold
+from speed.fused_upsample import fuse
 from utils import distributed
 
-FEW = 9  # first calls of a pass, on a CPU: were they all, as in ImageReFL, packing would take more time than it saves
+UNPACKED_CALLS = (
+    9  # first calls of a pass, on a CPU: were they all, as in ImageReFL, packing would take more time than it saves
+)
 
 
-class Rollout:
+class InferenceCopy:
     """Stands for a UNet in the losses: `net` where gradients are recorded, the copy of `unet` elsewhere.
 
     `net` is `unet` itself, or what it compiled to. `refresh` is called after each change of the weights. `dtype`: of
@@ -37,30 +39,30 @@ class Rollout:
     ):
         self.net, self.unet, self.dtype, self.calls = net, unet, dtype, 0
         if dtype is None:
-            self.copy = prepacked.view(unet)
+            self.copy = prepacked.packed_copy(unet)
         else:
-            self.copy = fold(copy.deepcopy(unet).to(dtype).requires_grad_(False)) if copied else unet
+            self.copy = fuse(copy.deepcopy(unet).to(dtype).requires_grad_(False)) if copied else unet
         if compiled and copied:
-            prepacked.to_compile(self.copy)
+            prepacked.prepare_for_compile(self.copy)
         self.fast = torch.compile(self.copy, dynamic=False) if compiled else self.copy
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the weights anew, into the same memory, or have them packed anew."""
         if self.dtype is None:
-            prepacked.forget(self.copy)
+            prepacked.invalidate(self.copy)
         elif self.copy is not self.unet:
             for mine, theirs in zip(self.copy.parameters(), self.unet.parameters(), strict=True):
-                mine.copy_(distributed.whole(theirs))
-            fold(self.copy)
+                mine.copy_(distributed.gather(theirs))
+            fuse(self.copy)
 
     def __call__(self, x_t: Tensor, t: Tensor | int, context: Tensor, **conditioning: Tensor) -> Tensor:
-        t = batched(t, x_t)
+        t = expand_timesteps(t, x_t)
         if torch.is_grad_enabled():
             self.calls = 0  # the pass ends with it
             return self.net(x_t, t, context=context, **conditioning)
         if self.dtype is None:
             self.calls += 1
-            return (self.unet if self.calls <= FEW else self.fast)(x_t, t, context, **conditioning)
+            return (self.unet if self.calls <= UNPACKED_CALLS else self.fast)(x_t, t, context, **conditioning)
         with torch.autocast(x_t.device.type, enabled=False):
             return self.fast(x_t, t, context.to(self.dtype), **conditioning)

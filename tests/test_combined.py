@@ -2,7 +2,7 @@ import pytest
 import torch
 from recipe import rnd
 
-from combined import aig_weights, combine, combine_each, guided, plain, switch_weights
+from combined import aig_weights, cfg, combine, combine_each, combined_weights, conditional
 from scheduler import Scheduler, denoise
 
 SCHEDULER = Scheduler(40)
@@ -25,10 +25,10 @@ def run(base, tuned, weights, seed=0):
 
 @pytest.mark.parametrize("switch", [0, 1, 10, 30, 39, 40])
 def test_every_switch_is_plain_sampling_when_the_base_is_the_tuned_model(switch):
-    model = plain(base, CONDITIONING)
+    model = conditional(base, CONDITIONING)
     generator = torch.Generator().manual_seed(0)
     expected = denoise(SCHEDULER, model, rnd("x", 2, 4, 8, 8), SCHEDULER.steps, generator)
-    assert torch.equal(run(model, model, switch_weights(40, switch)), expected)
+    assert torch.equal(run(model, model, combined_weights(40, switch)), expected)
 
 
 @pytest.mark.parametrize("switch", [0, 10, 40])
@@ -42,26 +42,28 @@ def test_the_base_takes_the_first_steps_and_the_tuned_model_the_rest(switch):
 
         return predict
 
-    run(spy("base", base), spy("tuned", tuned), switch_weights(40, switch))
+    run(spy("base", base), spy("tuned", tuned), combined_weights(40, switch))
     assert calls == [("base" if i < switch else "tuned", t) for i, t in enumerate(SCHEDULER.timesteps)]
 
 
 def test_combined_generation_is_two_slices():
     x, generator = rnd("x", 2, 4, 8, 8), torch.Generator().manual_seed(0)
-    x = denoise(SCHEDULER, plain(base, CONDITIONING), x, SCHEDULER.steps[:30], generator)
-    x = denoise(SCHEDULER, plain(tuned, CONDITIONING), x, SCHEDULER.steps[30:], generator)
-    assert torch.equal(run(plain(base, CONDITIONING), plain(tuned, CONDITIONING), switch_weights(40, 30)), x)
+    x = denoise(SCHEDULER, conditional(base, CONDITIONING), x, SCHEDULER.steps[:30], generator)
+    x = denoise(SCHEDULER, conditional(tuned, CONDITIONING), x, SCHEDULER.steps[30:], generator)
+    assert torch.equal(
+        run(conditional(base, CONDITIONING), conditional(tuned, CONDITIONING), combined_weights(40, 30)), x
+    )
 
 
 def test_guidance_mixes_the_two_predictions():
     x = rnd("x", 2, 4, 8, 8)
     expected = 7.5 * base(x, 976, **CONDITIONING) - 6.5 * base(x, 976, **EMPTY)
-    assert torch.allclose(guided(base, CONDITIONING, EMPTY, 7.5)(x, 976), expected, atol=1e-5)
+    assert torch.allclose(cfg(base, CONDITIONING, EMPTY, 7.5)(x, 976), expected, atol=1e-5)
 
 
 def test_guidance_of_1_is_no_guidance():
     x = rnd("x", 2, 4, 8, 8)
-    assert torch.equal(guided(base, CONDITIONING, EMPTY, 1)(x, 976), base(x, 976, **CONDITIONING))
+    assert torch.equal(cfg(base, CONDITIONING, EMPTY, 1)(x, 976), base(x, 976, **CONDITIONING))
 
 
 def test_aig_weights_are_the_published_ones():
@@ -83,7 +85,7 @@ def test_aig_mixes_both_predictions_at_the_same_latents():
 @pytest.mark.parametrize("switch", [-1, 41])
 def test_an_impossible_switch_is_named(switch):
     with pytest.raises(ValueError, match=f"0..40.*got {switch}"):
-        switch_weights(40, switch)
+        combined_weights(40, switch)
 
 
 def test_many_mixtures_at_once_are_each_alone_and_share_their_first_steps():
@@ -93,7 +95,7 @@ def test_many_mixtures_at_once_are_each_alone_and_share_their_first_steps():
         return lambda x, t: calls.append(name) or unet(x, t, **CONDITIONING)
 
     models = counted("base", base), counted("tuned", tuned)
-    mixtures = [switch_weights(40, 30), switch_weights(40, 10), aig_weights(40, 2), switch_weights(40, 40)]
+    mixtures = [combined_weights(40, 30), combined_weights(40, 10), aig_weights(40, 2), combined_weights(40, 40)]
     seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     together = combine_each(SCHEDULER, *models, mixtures, rnd("x", 2, 4, 8, 8), seeds)
     assert (calls.count("base"), calls.count("tuned")) == (40 + 39, 10 + 30 + 39)  # AIG's first step is the base's

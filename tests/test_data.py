@@ -9,17 +9,17 @@ from PIL import Image
 
 from training.data import (
     BACKGROUNDS,
-    Captions,
+    DataStream,
     EmojiSet,
-    Pictures,
-    Stream,
+    ImageDataset,
+    PromptDataset,
     open_data,
     read_coco,
     read_metadata,
     read_prompts,
 )
 from utils import images as pictures
-from utils.images import to_pictures, to_tensor
+from utils.images import to_pil, to_tensor
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_the_caption_is_true_of_the_picture():
 
 def test_pixels_survive_the_tensor():
     picture = EmojiSet().draw(EmojiSet().describe(5))
-    (again,) = to_pictures(to_tensor(picture)[None])
+    (again,) = to_pil(to_tensor(picture)[None])
     assert again.tobytes() == picture.tobytes()
 
 
@@ -80,8 +80,8 @@ def test_pictures_are_cropped_about_the_centre(tmp_path):
     picture = Image.new("RGB", (60, 20), "red")
     picture.paste("blue", (20, 0, 40, 20))
     picture.save(tmp_path / "a.png")
-    image, _ = Pictures([(tmp_path / "a.png", "a")], 20)[0]
-    assert to_pictures(image[None])[0].getcolors() == [(400, (0, 0, 255))]
+    image, _ = ImageDataset([(tmp_path / "a.png", "a")], 20)[0]
+    assert to_pil(image[None])[0].getcolors() == [(400, (0, 0, 255))]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_empty_or_missing_metadata_is_named(folder):
 
 def test_a_picture_that_does_not_decode_is_named_once_and_left_out(folder, capsys):
     (folder / "1.png").write_bytes(b"not a picture")
-    stream = Stream(open_data(str(folder), 16), seed=0)
+    stream = DataStream(open_data(str(folder), 16), seed=0)
     captions = [caption for _ in range(6) for caption in stream.batch(2)[1]]
     assert set(captions) == {"red", "blue", "white"} and len(captions) == 12
     assert len(stream.left_out) == 1
@@ -127,7 +127,7 @@ def test_a_picture_with_a_hole_does_not_decode_either(folder):
     (folder / "0.png").write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
     with pytest.raises(SyntaxError):
         Image.open(folder / "0.png").load()
-    stream = Stream(open_data(str(folder), 16), seed=0)
+    stream = DataStream(open_data(str(folder), 16), seed=0)
     stream.batch(4)
     assert stream.left_out == {0}
 
@@ -138,18 +138,18 @@ def test_a_picture_is_upright_and_keeps_its_greys(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     sideways.save(tmp_path / "a.png", exif=exif)
-    assert np.asarray(pictures.read(tmp_path / "a.png"))[..., 0].mean(0).tolist() == [0] * 8 + [255] * 8
+    assert np.asarray(pictures.read_image(tmp_path / "a.png"))[..., 0].mean(0).tolist() == [0] * 8 + [255] * 8
     ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(ramp).save(tmp_path / "b.png")
-    assert np.asarray(pictures.read(tmp_path / "b.png"))[..., 1].flatten().tolist() == list(range(256))
+    assert np.asarray(pictures.read_image(tmp_path / "b.png"))[..., 1].flatten().tolist() == list(range(256))
 
 
 def test_what_stands_at_a_position_does_not_depend_on_what_was_read_before(folder):
     (folder / "1.png").write_bytes(b"not a picture")
     data = open_data(str(folder), 16)
-    whole = Stream(data, seed=0)
+    whole = DataStream(data, seed=0)
     captions = [whole.batch(2)[1] for _ in range(8)]
-    assert [Stream(data, seed=0, position=2 * n).batch(2)[1] for n in range(8)] == captions
+    assert [DataStream(data, seed=0, position=2 * n).batch(2)[1] for n in range(8)] == captions
 
 
 @pytest.mark.parametrize("ahead", (1, 2))
@@ -169,12 +169,12 @@ def test_what_is_read_ahead_is_what_would_be_read_then(folder, ahead):
             assert here[-1] or given.wait(10)  # a batch does not wait for the one after it
             return data[i]
 
-    stream = Stream(Watched(), seed=0, ahead=ahead)
+    stream = DataStream(Watched(), seed=0, ahead=ahead)
     for n in range(6):
         stream.position = 2 * ahead * n
         images, captions = stream.batch(2)
         given.set()
-        expected, its = Stream(data, seed=0, position=2 * ahead * n).batch(2)
+        expected, its = DataStream(data, seed=0, position=2 * ahead * n).batch(2)
         assert torch.equal(images, expected) and captions == its
     assert sum(here) <= 3  # the first batch, and perhaps the picture that takes a damaged one's place
     assert len(stream.left_out) == 1
@@ -185,17 +185,17 @@ def test_no_picture_at_all_is_an_error_and_not_an_endless_loop(folder):
     for i in range(4):
         (folder / f"{i}.png").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 4 images decodes"):
-        Stream(open_data(str(folder), 16), seed=0).batch(2)
+        DataStream(open_data(str(folder), 16), seed=0).batch(2)
 
 
 def test_a_stream_visits_each_item_once_an_epoch_and_goes_on_from_its_position(folder):
     data = open_data(str(folder), 16)
-    stream = Stream(data, seed=7)
+    stream = DataStream(data, seed=7)
     whole = [stream.batch(2)[1] for _ in range(6)]
     assert sorted(whole[0] + whole[1]) == sorted(whole[2] + whole[3]) == ["blue", "green", "red", "white"]
-    resumed = Stream(data, seed=7, position=6)
+    resumed = DataStream(data, seed=7, position=6)
     assert [resumed.batch(2)[1] for _ in range(3)] == whole[3:]
-    assert len({str(Stream(data, seed=s).batch(4)[1]) for s in range(8)}) > 1
+    assert len({str(DataStream(data, seed=s).batch(4)[1]) for s in range(8)}) > 1
 
 
 def test_coco_captions_find_their_images(tmp_path):
@@ -220,7 +220,7 @@ def test_prompts_come_from_text_and_json(tmp_path):
     assert read_prompts(text) == ["a cat", "ein Bär"]
     assert read_prompts(strings) == ["a", "b"]
     assert read_prompts(hpd) == ["x"]
-    assert isinstance(open_data(str(text), 8), Captions)
+    assert isinstance(open_data(str(text), 8), PromptDataset)
 
 
 @pytest.mark.parametrize(

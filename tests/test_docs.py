@@ -145,11 +145,11 @@ def test_each_marker_stands_once_in_the_code():
 
 def test_the_hyper_parameters_are_those_of_the_settings():
     table = [
-        row for row in rows(PAPER_TO_CODE.read_text(encoding="utf-8")) if "`training/presets.py:Settings." in row[-2]
+        row for row in rows(PAPER_TO_CODE.read_text(encoding="utf-8")) if "`training/presets.py:Preset." in row[-2]
     ]
     assert len(table) == 11
     for _, sd15, sdxl, where, _ in table:
-        field, key = re.fullmatch(r"`training/presets\.py:Settings\.(\w+)`(?:, `(\w+)`)?", where).groups()
+        field, key = re.fullmatch(r"`training/presets\.py:Preset\.(\w+)`(?:, `(\w+)`)?", where).groups()
         for base, printed in ((presets.SD15, sd15), (presets.SDXL, sdxl)):
             value = getattr(base, field)
             value = value[key] if key else value

@@ -86,7 +86,7 @@ def test_a_second_call_computes_only_what_is_missing(evaluated, monkeypatch):
 def test_measures_of_the_published_bases(tmp_path, monkeypatch):
     """SD1.5's row, on the tiny networks: without DINO and Inception they are named as missing, with them measured."""
     row = replace(evaluate.presets.SD15, resolution=64, reward="tiny2", guidance=2.0)
-    monkeypatch.setattr(evaluate.presets, "of", lambda *_: row)
+    monkeypatch.setattr(evaluate.presets, "preset_for", lambda *_: row)
     results = run(tmp_path / "few")
     assert [c["key"] for c in results["columns"]] == ["tiny2"]
     assert [note[:12] for note in results["notes"]] == ["No diversity", "No FID, CovD"]

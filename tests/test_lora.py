@@ -13,7 +13,7 @@ from recipe import fill, golden, golden_config, rnd
 from safetensors.torch import load_file, save_file
 
 import weights
-from combined import combine, plain, switch_weights
+from combined import combine, combined_weights, conditional
 from pretrained import lora, weight_files
 from scheduler import Scheduler
 from unet import UNet, UNetConfig
@@ -113,7 +113,7 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a():
 @MINIS
 def test_off_is_the_base_to_the_last_bit_and_on_is_the_merged_model(name):
     unet = adapted(name)
-    base, tuned = lora.halves(unet)
+    base, tuned = lora.base_and_tuned(unet)
     on = run(tuned, name)
     assert torch.equal(run(base, name), run(mini(name), name))
     assert torch.equal(run(tuned, name), on)
@@ -124,7 +124,7 @@ def test_off_is_the_base_to_the_last_bit_and_on_is_the_merged_model(name):
 
 
 def test_the_adapters_are_on_again_after_a_base_that_failed():
-    base, tuned = lora.halves(adapted())
+    base, tuned = lora.base_and_tuned(adapted())
     on = run(tuned)
     with pytest.raises(ValueError, match="multiples"):
         base(torch.zeros(1, 4, 3, 3), 1, torch.zeros(1, 1, 48))
@@ -136,13 +136,13 @@ def test_combined_generation_with_one_set_of_weights_is_that_with_two_models():
     conditioning = {"context": inputs()[1]["context"][:1]}
     scheduler, noise = Scheduler(steps=6, eta=1.0), rnd("noise", 1, 4, 8, 8)
     images = []
-    for base, tuned in (lora.halves(unet), (mini(), lora.merge(adapted()))):
+    for base, tuned in (lora.base_and_tuned(unet), (mini(), lora.merge(adapted()))):
         predictors, generator = (
-            (plain(base, conditioning), plain(tuned, conditioning)),
+            (conditional(base, conditioning), conditional(tuned, conditioning)),
             torch.Generator().manual_seed(0),
         )
         with torch.no_grad():
-            images.append(combine(scheduler, *predictors, switch_weights(6, 3), noise, generator))
+            images.append(combine(scheduler, *predictors, combined_weights(6, 3), noise, generator))
     assert (images[0] - images[1]).abs().max() <= 1e-5 * images[1].abs().max()
 
 

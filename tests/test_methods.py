@@ -6,10 +6,10 @@ from recipe import filled, rnd
 
 import imagerefl
 import refl
-from combined import plain
+from combined import conditional as plain
 from diffusion import diffusion_loss, pretraining_loss
 from imagerefl import imagerefl_loss, is_refl_update
-from refl import draw_step, refl_loss, reward_loss
+from refl import refl_loss, reward_loss, sample_t_f
 from scheduler import Scheduler, denoise
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -83,7 +83,7 @@ def test_exactly_two_calls_of_imagerefl_carry_gradients(unet, vae, seed):
 @pytest.mark.parametrize("t_f", [30, 31, 34])
 def test_imagerefl_equals_its_equations_with_a_pass_for_each_prediction(unet, vae, monkeypatch, t_f):
     """The pass of the diffusion loss serves the first step without gradients too."""
-    monkeypatch.setattr(imagerefl, "draw_step", lambda *_: t_f)
+    monkeypatch.setattr(imagerefl, "sample_t_f", lambda *_: t_f)
     run_imagerefl(unet, vae)[0].backward()
     ours = [p.grad for p in unet.parameters()]
     unet.zero_grad()
@@ -107,7 +107,7 @@ def test_frozen_networks_get_no_gradient_and_every_trained_weight_gets_one(unet,
 
 def test_t_f_is_uniform_over_the_last_ten_steps():
     generator = seeded()
-    drawn = [draw_step(30, SCHEDULER, generator) for _ in range(5000)]
+    drawn = [sample_t_f(30, SCHEDULER, generator) for _ in range(5000)]
     counts = torch.bincount(torch.tensor(drawn), minlength=40)
     assert counts[:30].sum() == 0
     assert counts[30:].min() > 400
@@ -141,7 +141,7 @@ def test_imagerefl_starts_from_the_image_noised_to_t_start(unet, vae):
 
 
 def test_t_f_equal_to_t_start_takes_no_step_before_the_one_with_gradients(unet, vae, monkeypatch):
-    monkeypatch.setattr(imagerefl, "draw_step", lambda *_: 30)
+    monkeypatch.setattr(imagerefl, "sample_t_f", lambda *_: 30)
     run_imagerefl(unet, vae)
     assert unet.calls == [(226, True), (226, True)]
 
@@ -201,7 +201,7 @@ def test_refl_depends_on_its_generator_alone(unet, vae):
 def test_latents_stay_float32_under_autocast(unet, vae, monkeypatch):
     seen = []
     monkeypatch.setattr(imagerefl, "reward_loss", lambda *args: (seen.append(args[4]), reward_loss(*args))[1])
-    monkeypatch.setattr(imagerefl, "draw_step", lambda *_: 33)
+    monkeypatch.setattr(imagerefl, "sample_t_f", lambda *_: 33)
     with torch.autocast("cpu", torch.bfloat16):
         x0 = vae.sample(rnd("image", 2, 3, 8, 8), seeded())
         imagerefl_loss(unet, vae, brightness, SCHEDULER, x0, 30, CONDITIONING, PROMPTS, seeded())
@@ -210,7 +210,7 @@ def test_latents_stay_float32_under_autocast(unet, vae, monkeypatch):
 
 def test_shifted_images_are_moved_within_bounds_and_keep_their_edges():
     images = rnd("images", 64, 3, 16, 16)
-    moved = refl.shifted(images, 4, seeded())
+    moved = refl.random_shift(images, 4, seeded())
     offsets = set()
     for image, other in zip(images, moved, strict=True):
         fits = [

@@ -70,7 +70,7 @@ def timeless(folder) -> list[dict]:
 
 
 def newest(folder) -> Path:
-    return list(checkpoint.states(folder / "states").values())[-1]
+    return list(checkpoint.checkpoints_in(folder / "states").values())[-1]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -241,15 +241,15 @@ def saved(folder: Path, updates, keep: int = 9):
 
 def test_the_last_few_states_are_kept(tmp_path):
     saved(tmp_path, [1, 2, 3, 4], keep=2)
-    assert list(checkpoint.states(tmp_path)) == [3, 4]
+    assert list(checkpoint.checkpoints_in(tmp_path)) == [3, 4]
     saved(tmp_path, [2], keep=2)  # gone back behind states that were damaged
-    assert list(checkpoint.states(tmp_path)) == [2]
+    assert list(checkpoint.checkpoints_in(tmp_path)) == [2]
 
 
 @pytest.mark.parametrize("damage", ["a bit", "half", "nothing left", "the header"])
 def test_a_damaged_state_is_recognised_and_the_one_before_is_taken(damage, tmp_path, capsys):
     modules, optimizer = saved(tmp_path, [1, 2])
-    path = checkpoint.states(tmp_path)[2]
+    path = checkpoint.checkpoints_in(tmp_path)[2]
     content = bytearray(path.read_bytes())
     content[-1 if damage == "a bit" else content.index(b"update") + 10] ^= 1
     length = {"half": len(content) // 2, "nothing left": 0}.get(damage, len(content))
@@ -258,7 +258,7 @@ def test_a_damaged_state_is_recognised_and_the_one_before_is_taken(damage, tmp_p
     assert modules["m"].bias.tolist() == [1, 1]
     error = capsys.readouterr().err
     assert "step-000002" in error and "damaged" in error and "taking the one before" in error
-    checkpoint.states(tmp_path)[1].write_bytes(b"")
+    checkpoint.checkpoints_in(tmp_path)[1].write_bytes(b"")
     with pytest.raises(ValueError, match="all 2 states are damaged"):
         checkpoint.load_newest(tmp_path, modules, optimizer)
 
@@ -317,7 +317,7 @@ def test_a_run_in_use_is_refused_until_its_process_is_gone(mini, tmp_path, fast)
 
 def test_a_state_is_saved_after_minutes(mini, tmp_path, fast):
     begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "3", "--save-minutes", "0.000001", "--keep", "5")
-    assert list(checkpoint.states(tmp_path / "run" / "states")) == [1, 2, 3]
+    assert list(checkpoint.checkpoints_in(tmp_path / "run" / "states")) == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------ health
@@ -392,7 +392,7 @@ def free_port() -> str:
 def member(rank: int, port: str, errors: Path, mini, folder, flags: list[str], dies: bool) -> None:
     """One of two processes, as torchrun would start it."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
-    distributed.RANK, distributed.COUNT, train.FIRST = rank, 2, rank == 0
+    distributed.rank, distributed.world_size, train.FIRST = rank, 2, rank == 0
     if dies and rank == 1:
         loss_of = train.loss_of
         train.loss_of = lambda *a: os._exit(7) if a[4] == 1 else loss_of(*a)
@@ -452,7 +452,7 @@ def test_two_processes_make_the_updates_of_one(flags, mini, tmp_path, fast):
 )
 def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, fast, monkeypatch):
     """Two updates by two processes with --shard, one by a single process, and one with --shard again."""
-    update_weights, draw_step, drawn = train.update_weights, refl.draw_step, []
+    update_weights, draw_step, drawn = train.update_weights, refl.sample_t_f, []
 
     def draw(*rest):
         drawn.append(draw_step(*rest))
@@ -465,12 +465,12 @@ def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, f
         taken = update_weights(args, m, optimizer, update, values)
         moments = [t for moments in optimizer.state.values() for key, t in moments.items() if key != "step"]
         seen["moments"] = sum(t.to_local().nbytes if args.shard else t.nbytes for t in moments)
-        (tmp_path / f"seen-{distributed.COUNT}-{distributed.RANK}.json").write_text(json.dumps(seen))
+        (tmp_path / f"seen-{distributed.world_size}-{distributed.rank}.json").write_text(json.dumps(seen))
         return taken
 
     monkeypatch.setattr(train, "update_weights", watched)
-    monkeypatch.setattr(imagerefl, "draw_step", draw)
-    monkeypatch.setattr(refl, "draw_step", draw)
+    monkeypatch.setattr(imagerefl, "sample_t_f", draw)
+    monkeypatch.setattr(refl, "sample_t_f", draw)
     two = tmp_path / "two"
     flags = ["--batch-size", "1", "--accumulate", "2", *flags, "--save-every", "1", "--keep", "4", "--steps"]
     assert two_processes(tmp_path, mini, [*flags, "2", "--shard"]) == [0, 0]
@@ -487,7 +487,7 @@ def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, f
         assert numbers(row) == pytest.approx(numbers(same), rel=1e-4)
     start = weights.load_unet(mini).state_dict()
     for update in range(1, 5):
-        paths = [checkpoint.states(folder / "states")[update] for folder in (tmp_path / "one", two)]
+        paths = [checkpoint.checkpoints_in(folder / "states")[update] for folder in (tmp_path / "one", two)]
         (a, info), (b, same) = map(checkpoint.read, paths)
         assert info == same
         assert_same_updates(a, b, start)
@@ -498,7 +498,7 @@ def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, f
 def test_what_does_not_go_with_shard_is_refused(mini, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--shard spreads .*: torchrun"):
         begin(mini, tmp_path, "--shard")
-    monkeypatch.setattr(distributed, "COUNT", 2)
+    monkeypatch.setattr(distributed, "world_size", 2)
     for flag in (["--lora", "2"], ["--compile"], ["--plan"], ["--ema", "0.9", "--method", "diffusion"]):
         with pytest.raises(ValueError, match=f"{flag[0]} does not go with --shard"):
             begin(mini, tmp_path, "--shard", *flag)
@@ -534,17 +534,17 @@ def test_torchrun_trains_and_ends_with_a_killed_process(mini, tmp_path):
 
 
 def test_passes_that_cannot_be_shared_are_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "COUNT", 8)
+    monkeypatch.setattr(distributed, "world_size", 8)
     with pytest.raises(ValueError, match="--accumulate 4: 8 .*; --batch-size 4 --accumulate 8 is as many images"):
-        distributed.check_passes(8, 4)
-    distributed.check_passes(4, 8)
-    monkeypatch.setattr(distributed, "RANK", 3)
-    assert list(distributed.share(16)) == [3, 11]
+        distributed.check_divisible(8, 4)
+    distributed.check_divisible(4, 8)
+    monkeypatch.setattr(distributed, "rank", 3)
+    assert list(distributed.micro_batches_of_this_rank(16)) == [3, 11]
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "COUNT", 4)
+    monkeypatch.setattr(distributed, "world_size", 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(ValueError, match="only 2 GPUs here; --nproc-per-node 2"):
-        distributed.take_gpu()
+        distributed.set_device()

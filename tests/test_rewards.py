@@ -124,7 +124,7 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 def filled(network_type, config, name, state, **options):
     with torch.device("meta"):
         network = network_type(config, **options)
-    return models.fill(network, models.rename(name, state), "golden")
+    return models.load_strict(network, models.rename(name, state), "golden")
 
 
 # ----------------------------------------------------------------------------------------- mini folders for `load`
@@ -322,7 +322,7 @@ def full_vocabularies(tmp_path_factory):
 
 def bare_reward(name: str, folder: Path) -> models.Reward:
     """A reward that can tokenize, with the published sizes and no weights."""
-    return models.Reward(name, models.blank(name), models.tokenizer(name, folder), rewards.SCALE[name])
+    return models.Reward(name, models.build_meta(name), models.tokenizer(name, folder), rewards.SCALE[name])
 
 
 @pytest.mark.parametrize("name, field", [("hpsv2.1", "open_clip"), ("clipscore", "openai"), ("mps", "hf_clip")])
@@ -391,17 +391,17 @@ def test_full_size_checkpoints_fit_key_for_key(name, published, tensors, values)
     assert len(shapes) == tensors
     with torch.device("meta"):
         state = {key: torch.empty(shape) for key, shape in shapes.items()}
-    network = models.fill(models.blank(name), models.rename(name, state), name)
+    network = models.load_strict(models.build_meta(name), models.rename(name, state), name)
     if values:
         assert sum(value.numel() for value in network.state_dict().values()) == values
     del state[next(key for key in state if key.endswith("mlp.fc1.bias") or key.endswith("c_fc.bias"))]
     with pytest.raises(ValueError, match="1 keys do not fit: missing"):
-        models.fill(models.blank(name), models.rename(name, state), name)
+        models.load_strict(models.build_meta(name), models.rename(name, state), name)
 
 
 def test_published_networks_have_the_constants_that_no_shape_tells():
     """Activations, heads and epsilons of the full-size models, where the library's defaults would fit as well."""
-    networks = {name: models.blank(name) for name in ("hpsv2.1", "pickscore", "mps", "clipscore", "imagereward")}
+    networks = {name: models.build_meta(name) for name in ("hpsv2.1", "pickscore", "mps", "clipscore", "imagereward")}
     for name in ("hpsv2.1", "pickscore", "mps"):
         config = networks[name].config
         for part in (config.text_config, config.vision_config):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from recipe import golden, rnd
 
-from scheduler import Scheduler, denoise, randn
+from scheduler import Scheduler, denoise, sample_noise
 
 # Step: timestep, abar, a, b, c for 40 steps of strided DDPM.
 TABLE = {
@@ -118,8 +118,8 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
     def generators(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    batch = randn((3, 4, 8, 8), generators(5, 6, 7))
-    assert torch.equal(batch[1:2], randn((1, 4, 8, 8), generators(6)))
+    batch = sample_noise((3, 4, 8, 8), generators(5, 6, 7))
+    assert torch.equal(batch[1:2], sample_noise((1, 4, 8, 8), generators(6)))
 
 
 @pytest.mark.parametrize(("steps", "eta", "named"), [(0, 1.0, "steps"), (1000, 1.0, "steps"), (40, 1.5, "eta")])

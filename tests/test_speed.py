@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import rewards
 import train
 import weights
-from combined import generate, switch_weights
+from combined import combined_weights, generate
 from pretrained import lora
 from refl import refl_loss
 from scheduler import Scheduler
 from speed import inference_copy, prepacked
-from speed.inference_copy import FEW, Rollout
+from speed.inference_copy import UNPACKED_CALLS, InferenceCopy
 from training import cost, monitor
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -56,13 +56,13 @@ def gradient_of(net, unet, vae) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_rollout_on_a_copy_of_the_same_precision_changes_nothing(unet, vae):
-    inference_copy = Rollout(unet, unet, torch.float32)
+    inference_copy = InferenceCopy(unet, unet, torch.float32)
     for ours, usual in zip(gradient_of(inference_copy, unet, vae), gradient_of(unet, unet, vae), strict=True):
         assert torch.allclose(ours, usual, rtol=0, atol=1e-5 * usual.abs().max())
 
 
 def test_the_copy_takes_the_steps_without_gradients_alone(unet, vae):
-    inference_copy = Rollout(unet, unet, torch.float32)
+    inference_copy = InferenceCopy(unet, unet, torch.float32)
     inference_copy.copy.load_state_dict({key: 0 * t for key, t in unet.state_dict().items()})
     assert not torch.equal(gradient_of(inference_copy, unet, vae)[1], gradient_of(unet, unet, vae)[1])
     assert all(p.grad is None for p in inference_copy.copy.parameters())
@@ -72,7 +72,7 @@ def test_the_copy_takes_the_steps_without_gradients_alone(unet, vae):
 
 
 def test_a_bf16_copy_errs_no_more_than_autocast(unet):
-    x, inference_copy = rnd("x", 2, 4, 8, 8), Rollout(unet, unet)
+    x, inference_copy = rnd("x", 2, 4, 8, 8), InferenceCopy(unet, unet)
     with torch.no_grad():
         exact = unet(x, 301, **TEXT)
         with torch.autocast("cpu", torch.bfloat16):
@@ -90,7 +90,7 @@ def test_beside_adapters_the_frozen_weights_are_their_own_copy(unet, vae):
         trained = lora.add(m, 4)
         for i, p in enumerate(trained):
             p.data.copy_(0.3 * rnd(f"adapter {i}", *p.shape))
-        net = Rollout(m, m, torch.bfloat16, copied=copied) if low else m
+        net = InferenceCopy(m, m, torch.bfloat16, copied=copied) if low else m
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             loss, _ = refl_loss(net, vae, brightness, SCHEDULER, (2, 4, 4, 4), TEXT, ["a", "b"], seeded(seed))
         loss.backward()
@@ -110,7 +110,7 @@ def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatc
     """Packed, and as on a GPU: each update begins with a copy of the weights that the last one left."""
     seen = []
 
-    class Spy(Rollout):
+    class Spy(InferenceCopy):
         def __call__(self, *args, **kwargs):
             predicted = super().__call__(*args, **kwargs)
             if not torch.is_grad_enabled() and dtype:
@@ -125,8 +125,8 @@ def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatc
         m.net = Spy(m.unet, m.unet, dtype)
         return m
 
-    monkeypatch.setattr(inference_copy, "FEW", 0)
-    monkeypatch.setattr(train, "Rollout", Spy)
+    monkeypatch.setattr(inference_copy, "UNPACKED_CALLS", 0)
+    monkeypatch.setattr(train, "InferenceCopy", Spy)
     monkeypatch.setattr(train, "load_models", load)
     monkeypatch.setattr(monitor, "images_of", lambda *_: None)
     monkeypatch.setattr(monitor, "measure", lambda *_: {"base": {"reward": [0.0, 0.0]}})
@@ -135,8 +135,8 @@ def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatc
     assert len(seen) > 3 and all(seen)
 
 
-def packed_layers(network) -> list[prepacked.Packed]:
-    return [module for module in network.modules() if isinstance(module, prepacked.Packed)]
+def packed_layers(network) -> list[prepacked.PrepackedLayer]:
+    return [module for module in network.modules() if isinstance(module, prepacked.PrepackedLayer)]
 
 
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="layers are packed on x86")
@@ -154,15 +154,15 @@ def test_packed_layers_compute_what_they_did(name, vae):
         given |= {"pooled": g["text_embeds"], "time_ids": g["time_ids"]} if "text_embeds" in g else {}
     batch = {key: t.repeat(3, *[1] * (t.ndim - 1)) if t.ndim else t for key, t in given.items()}
     with torch.no_grad():
-        exact, ours = network(x, **given), prepacked.view(network)
+        exact, ours = network(x, **given), prepacked.packed_copy(network)
         assert packed_layers(ours) and torch.allclose(ours(x, **given), exact, rtol=0, atol=1e-5 * exact.abs().max())
         wide = x.repeat(3, 1, 1, 2)
         assert torch.allclose(ours(wide, **batch), network(wide, **batch), rtol=0, atol=1e-5 * exact.abs().max())
-        prepacked.forget(ours)
+        prepacked.invalidate(ours)
         with torch.autocast("cpu", torch.bfloat16):
             usual, low = ((net(x, **given) - exact).norm() / exact.norm() for net in (network, ours))
     assert 0 < low < 1.3 * usual
-    if prepacked.possible(torch.bfloat16):
+    if prepacked.is_supported(torch.bfloat16):
         assert {layer.packed.dtype for layer in packed_layers(ours)} == {torch.bfloat16}
 
 
@@ -170,10 +170,10 @@ def test_packed_layers_compute_what_they_did(name, vae):
 def test_a_packed_network_gives_its_own_weights_back(unet):
     weights_of, x = dict(unet.named_parameters()), rnd("x", 2, 4, 8, 8)
     with torch.no_grad():
-        view = prepacked.view(unet)
+        view = prepacked.packed_copy(unet)
         view(x, 1, **TEXT)
         assert {id(p) for p in view.parameters()} == {id(p) for p in weights_of.values()}
-        prepacked.pack(unet)(x, 1, **TEXT)
+        prepacked.prepack(unet)(x, 1, **TEXT)
     with pytest.raises(RuntimeError, match="passes no gradient on"):
         unet(x.requires_grad_(), 1, **TEXT)
     assert {key for key in weights_of if "norm" not in key}.isdisjoint(dict(unet.named_parameters()))
@@ -183,17 +183,17 @@ def test_a_packed_network_gives_its_own_weights_back(unet):
 
 @x86
 def test_a_packed_view_follows_the_weights_when_told(unet):
-    x, inference_copy = rnd("x", 2, 4, 8, 8), Rollout(unet, unet, None)
+    x, inference_copy = rnd("x", 2, 4, 8, 8), InferenceCopy(unet, unet, None)
 
     def after_few() -> torch.Tensor:
         assert inference_copy(x, 301, **TEXT).requires_grad  # ends the pass before
         with torch.no_grad():
-            for _ in range(FEW):
+            for _ in range(UNPACKED_CALLS):
                 inference_copy(x, 301, **TEXT)
             return inference_copy(x, 301, **TEXT)
 
     with torch.no_grad():
-        for _ in range(FEW):
+        for _ in range(UNPACKED_CALLS):
             inference_copy(x, 301, **TEXT)
     assert all(layer.packed is None for layer in packed_layers(inference_copy.copy))
     before = after_few()
@@ -213,8 +213,8 @@ def test_adapters_keep_their_switch_among_packed_layers(unet):
     for i, p in enumerate(lora.add(unet, 4)):
         p.data.copy_(0.3 * rnd(f"adapter {i}", *p.shape))
     with torch.no_grad():
-        expected = [half(x, 301, **TEXT) for half in lora.halves(unet)]
-        ours = [half(x, 301, **TEXT) for half in lora.halves(prepacked.pack(unet))]
+        expected = [half(x, 301, **TEXT) for half in lora.base_and_tuned(unet)]
+        ours = [half(x, 301, **TEXT) for half in lora.base_and_tuned(prepacked.prepack(unet))]
     assert packed_layers(unet) and not torch.allclose(*expected, atol=1e-2)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-5 * b.abs().max()) for a, b in zip(ours, expected, strict=True))
 
@@ -227,7 +227,7 @@ def test_where_layers_cannot_be_packed_they_run_as_they_are(unet, lacks, monkeyp
     else:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        network = prepacked.view(unet)
+        network = prepacked.packed_copy(unet)
         ours, usual = network(x, 301, **TEXT), unet(x, 301, **TEXT)
     assert all(layer.packed is None for layer in packed_layers(network))
     if lacks == "bf16":
@@ -238,9 +238,9 @@ def test_where_layers_cannot_be_packed_they_run_as_they_are(unet, lacks, monkeyp
 
 def test_a_view_that_is_folded_alone_follows_a_change_of_type(unet, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    view, x = prepacked.view(unet), rnd("x", 2, 4, 8, 8)
+    view, x = prepacked.packed_copy(unet), rnd("x", 2, 4, 8, 8)
     unet.double()
-    prepacked.forget(view)
+    prepacked.invalidate(view)
     with torch.no_grad():
         ours, usual = (net(x.double(), 301, TEXT["context"].double()) for net in (view, unet))
     assert torch.allclose(ours, usual, rtol=0, atol=1e-10)
@@ -255,7 +255,7 @@ def test_swapped_models_and_passes_sample_the_same_images(tmp_path):
         tiny.conv_out.bias.add_(0.1)
     weights.save_unet(tiny, paths[1])
     vae, text, scheduler = weights.load_vae("tiny"), weights.load_text("tiny"), Scheduler(3)
-    asked = (vae, text, scheduler, switch_weights(3, 2), ["owl"] * 3, [1, 2, 3], (32, 32), 2.0)
+    asked = (vae, text, scheduler, combined_weights(3, 2), ["owl"] * 3, [1, 2, 3], (32, 32), 2.0)
     reads = []
 
     def load(source, *args, real=weights.load_unet):
@@ -265,7 +265,7 @@ def test_swapped_models_and_passes_sample_the_same_images(tmp_path):
     two = generate(*(weights.load_unet(path) for path in paths), *asked, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "load_unet", load)
-        one = generate(*weights.swapped(*paths, "cpu", torch.float32), *asked, 2)
+        one = generate(*weights.one_at_a_time(*paths, "cpu", torch.float32), *asked, 2)
     assert torch.equal(one, two)
     assert reads == [(paths[0], "meta"), (paths[1], "meta"), (paths[0], "cpu"), (paths[1], "cpu")]
     assert torch.allclose(one, generate(*(weights.load_unet(path) for path in paths), *asked), atol=1e-4)
@@ -276,7 +276,7 @@ def test_a_wrong_tuned_model_is_told_before_the_base_runs(tmp_path):
     config = (tmp_path / "config.json").read_text().replace("160", "224")
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match="keys do not fit"):
-        weights.swapped("tiny", tmp_path, "cpu", torch.float32)
+        weights.one_at_a_time("tiny", tmp_path, "cpu", torch.float32)
 
 
 def test_counted_flops_are_the_closed_form():
@@ -417,7 +417,7 @@ def test_nothing_in_a_pass_waits_for_the_gpu(unet, vae):
             loss, _ = refl_loss(inference_copy, vae, brightness, SCHEDULER, (2, 4, 4, 4), text, ["a", "b"], seeded())
         loss.backward()
 
-    inference_copy = Rollout(unet, unet)
+    inference_copy = InferenceCopy(unet, unet)
     one_pass()  # libraries set themselves up
     torch.cuda.set_sync_debug_mode("error")
     try:

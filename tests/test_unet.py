@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from recipe import GOLDEN, filled, golden, golden_config, rnd
 
-from unet import SD15, SDXL, TINY, UNet, UNetConfig, attend
+from unet import SD15, SDXL, TINY, UNet, UNetConfig, attention
 
 MINIS = ["unet_sd15_mini", "unet_sdxl_mini"]
 
@@ -102,7 +102,7 @@ def test_checkpointing_changes_no_gradient():
 def test_attention_for_few_tokens_in_bf16_is_the_fused_ones():
     given = [rnd(name, 2, 4, n, 24) for name, n in (("q", 16), ("k", 24), ("v", 24))]
     ours, exact = ([t.to(kind).requires_grad_() for t in given] for kind in (torch.bfloat16, torch.float64))
-    output, right = attend(*ours), F.scaled_dot_product_attention(*exact)
+    output, right = attention(*ours), F.scaled_dot_product_attention(*exact)
     assert output.grad_fn.name() != right.grad_fn.name()  # not the fused kernel's
     for o in (output, right):
         (o.double() * rnd("weight", *o.shape)).sum().backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from recipe import filled, rnd
 
-from speed.fused_upsample import Upsample, fold, folded
+from speed.fused_upsample import Upsample, fuse, fused_kernel
 from training import cost
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -16,14 +16,14 @@ def test_a_folded_kernel_is_that_of_both_steps():
     """Along one side, by hand: taps a, b, c meet pairs of equal pixels."""
     weight = torch.zeros(1, 1, 3, 3)
     weight[0, 0, 1] = torch.tensor([1.0, 10.0, 100.0])  # the middle row alone
-    assert folded(weight)[0, 0].tolist() == [[0] * 4, [100, 110, 11, 1], [100, 110, 11, 1], [0] * 4]
+    assert fused_kernel(weight)[0, 0].tolist() == [[0] * 4, [100, 110, 11, 1], [100, 110, 11, 1], [0] * 4]
 
 
 @pytest.mark.parametrize("sides", [(1, 1), (5, 8)])
 def test_folded_layers_double_and_convolve_as_before(sides):
     layer = filled(Upsample(6)).double()
     x, usual = rnd("x", 2, 6, *sides).double(), copy.deepcopy(layer)
-    fold(layer)
+    fuse(layer)
     expected = usual(x)
     assert expected.shape == (2, 6, 2 * sides[0], 2 * sides[1])
     assert torch.allclose(layer(x), expected, rtol=0, atol=1e-12)
@@ -32,42 +32,42 @@ def test_folded_layers_double_and_convolve_as_before(sides):
 def test_a_folded_decoder_passes_the_same_gradient_on():
     vae = filled(VAE(VAEConfig(channels=(32, 32, 32), layers=1))).requires_grad_(False)
     z, gradients = rnd("z", 2, 4, 4, 4).requires_grad_(), []
-    for network in (vae, fold(copy.deepcopy(vae))):
+    for network in (vae, fuse(copy.deepcopy(vae))):
         gradients += torch.autograd.grad(network.decode(z).square().mean(), z)
     assert torch.allclose(*gradients, rtol=0, atol=1e-5 * gradients[0].abs().max())
 
 
 def test_folding_again_follows_the_weights_in_the_same_memory():
-    layer = fold(filled(Upsample(4)))
+    layer = fuse(filled(Upsample(4)))
     place, before = layer.kernel.data_ptr(), layer.kernel.clone()
     with torch.no_grad():
         layer.conv.weight.mul_(2)
     assert torch.equal(layer.kernel, before)
-    fold(layer)
+    fuse(layer)
     assert torch.equal(layer.kernel, 2 * before) and layer.kernel.data_ptr() == place
 
 
 def test_folding_again_follows_another_type():
-    layer = fold(filled(Upsample(4)))
-    assert fold(layer.bfloat16().to(torch.float16)).kernel.dtype == torch.float16
+    layer = fuse(filled(Upsample(4)))
+    assert fuse(layer.bfloat16().to(torch.float16)).kernel.dtype == torch.float16
     layer.kernel = layer.kernel.float()
-    assert fold(layer)(torch.ones(1, 4, 2, 2, dtype=torch.float16)).dtype == torch.float16
+    assert fuse(layer)(torch.ones(1, 4, 2, 2, dtype=torch.float16)).dtype == torch.float16
 
 
 def test_bf16_rounds_each_sum_once():
     weight = rnd("w", 8, 8, 3, 3).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(folded(weight), folded(weight.float()).bfloat16())
+        assert torch.equal(fused_kernel(weight), fused_kernel(weight.float()).bfloat16())
 
 
 def test_a_folded_network_is_saved_as_if_it_were_not():
     unet = filled(UNet(UNetConfig(channels=(32, 32), depths=(1, 0), layers=1, heads=(2, 2), context=16)))
     before = unet.state_dict()
-    after = fold(unet).state_dict()
+    after = fuse(unet).state_dict()
     assert before.keys() == after.keys() and all(map(torch.equal, before.values(), after.values()))
 
 
 def test_four_of_nine_multiplications_are_left():
     x, layer = rnd("x", 1, 8, 16, 16), Upsample(8)
     usual = cost.count(layer, x)
-    assert cost.count(fold(layer), x) / usual == 4 / 9
+    assert cost.count(fuse(layer), x) / usual == 4 / 9

@@ -26,9 +26,9 @@ from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights
-from combined import guided, plain
-from refl import shifted
-from scheduler import Scheduler, denoise, randn
+from combined import cfg, conditional
+from refl import random_shift
+from scheduler import Scheduler, denoise, sample_noise
 from tiny.make_clip import TINY_DIR, build, normalise, tokenize, train
 from training.data import Composition, EmojiSet
 from training.presets import TINY
@@ -129,8 +129,8 @@ def decoded(emoji: EmojiSet, count: int, seed: int, device: str) -> list[Example
         words, empty = text([p.caption for p in shows], (64, 64)), text([""] * 64, (64, 64))
         with cli.autocast(device):
             x0 = vae.sample(images, generator)
-            x = scheduler.add_noise(x0, randn(x0.shape, generator, x0.device), scheduler.timesteps[start])
-            predict = guided(unet, words, empty, 2.0) if at % 128 else plain(unet, words)
+            x = scheduler.add_noise(x0, sample_noise(x0.shape, generator, x0.device), scheduler.timesteps[start])
+            predict = cfg(unet, words, empty, 2.0) if at % 128 else conditional(unet, words)
             x = denoise(scheduler, predict, x, scheduler.steps[start:], generator)
             made = vae.decode(x).float().clamp(-1, 1).cpu()
         examples += [Example(image, p, 0.15) for image, p in zip(made, shows, strict=True)]
@@ -224,7 +224,7 @@ def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, steps: int, lr: float, d
     for step in range(steps):
         captions, images, liked = waiting.result()
         waiting = drawer.submit(votes.batch, CAPTIONS)
-        images = shifted(images.flatten(0, 1), TINY.shift, generator).to(device)
+        images = random_shift(images.flatten(0, 1), TINY.shift, generator).to(device)
         images = images + torch.randn_like(images) * 0.06 * torch.rand(len(images), 1, 1, 1, device=device)
         with cli.autocast(device):
             score = scores(clip, tokenizer, images, captions)

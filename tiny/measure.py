@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import metrics
 import rewards
 import weights
-from combined import generate, switch_weights
+from combined import combined_weights, generate
 from scheduler import Scheduler
 from tiny.make_clip import TINY_DIR
 from tiny.make_rewards import RATERS, Votes, damage, decoded, held_out_accuracy
@@ -75,7 +75,7 @@ class Painter:
         self.device, self.seed = device, 0
 
     def __call__(self, prompts: list[str]) -> torch.Tensor:
-        made, mixture = [], switch_weights(40, 40)
+        made, mixture = [], combined_weights(40, 40)
         for at in tqdm(range(0, len(prompts), 64), "sampling", unit="batch"):
             part = prompts[at : at + 64]
             seeds = [self.seed + k for k in range(len(part))]

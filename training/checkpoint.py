@@ -28,7 +28,7 @@ def checksum(tensors: dict[str, Tensor], info: str) -> str:
 
 def save(path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, info: dict) -> None:
     """Save what `load` needs to go on: named modules, the optimizer's state, and `info`."""
-    write_state(path, tensors_of(modules, optimizer), info)
+    write_checkpoint(path, tensors_of(modules, optimizer), info)
 
 
 def tensors_of(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -36,10 +36,10 @@ def tensors_of(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) 
     tensors = {f"{name}.{k}": t for name, module in modules.items() for k, t in module.state_dict().items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": t for k, t in moments.items()}
-    return distributed.collect(tensors)
+    return distributed.gather_to_rank0(tensors)
 
 
-def write_state(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
+def write_checkpoint(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
     """Write the tensors of a state, and `info`."""
     text = json.dumps(info)
     disk.write(path, tensors, {"info": text, "sha256": checksum(tensors, text)})
@@ -76,25 +76,25 @@ def restore(path: str | Path, tensors: dict[str, Tensor], modules: dict, optimiz
             if other is None or other.shape != t.shape:
                 raise ValueError(f"{path}: saved from other networks: no {name}.{key} of shape {tuple(t.shape)} in it")
     for name, module in modules.items():
-        parts = {k: distributed.part(tensors[f"{name}.{k}"], t) for k, t in module.state_dict().items()}
+        parts = {k: distributed.scatter(tensors[f"{name}.{k}"], t) for k, t in module.state_dict().items()}
         module.load_state_dict(parts)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for key in (k for k in tensors if k.startswith("optimizer.")):
         _, i, name = key.split(".")
-        moments.setdefault(int(i), {})[name] = distributed.part(tensors[key], parameters[int(i)])
+        moments.setdefault(int(i), {})[name] = distributed.scatter(tensors[key], parameters[int(i)])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def states(folder: Path) -> dict[int, Path]:
+def checkpoints_in(folder: Path) -> dict[int, Path]:
     """The states in a folder by their update, oldest first."""
     return dict(sorted((int(path.stem.split("-")[1]), path) for path in folder.glob("step-*.safetensors")))
 
 
 def save_newest(folder: Path, tensors: dict[str, Tensor], info: dict, keep: int) -> None:
     """Save the state after `info["update"]`, and remove all but the last `keep`, and any of later updates."""
-    write_state(folder / f"step-{info['update']:06d}.safetensors", tensors, info)
-    found = states(folder)
+    write_checkpoint(folder / f"step-{info['update']:06d}.safetensors", tensors, info)
+    found = checkpoints_in(folder)
     kept = [update for update in found if update <= info["update"]][-keep:]
     for update in found.keys() - kept:
         found[update].unlink()
@@ -105,7 +105,7 @@ def load_newest(folder: Path, modules: dict, optimizer: torch.optim.Optimizer) -
 
     Raises ValueError when every one is damaged.
     """
-    found = states(folder)
+    found = checkpoints_in(folder)
     for path in reversed(found.values()):
         try:
             tensors, info = read(path)
@@ -119,13 +119,13 @@ def load_newest(folder: Path, modules: dict, optimizer: torch.optim.Optimizer) -
     return {}
 
 
-def sweep(folder: Path) -> None:
+def remove_temporaries(folder: Path) -> None:
     """Remove what a killed process left half written there: our `NAME.tmp`, safetensors' own `.tmpABCDEF`."""
     for path in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):
         path.unlink()
 
 
-def cut_log(path: Path, update: int) -> None:
+def truncate_log(path: Path, update: int) -> None:
     """Leave in a log, a JSON object a line, the updates up to this one: what followed was lost and comes again."""
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:

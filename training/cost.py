@@ -33,14 +33,14 @@ from pretrained import lora, reward_networks
 from pretrained.text_encoder import CACHE_BYTES
 from refl import LAST, reward_loss
 from scheduler import Scheduler
-from speed.fused_upsample import Upsample, fold, folded
+from speed.fused_upsample import Upsample, fuse, fused_kernel
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 PUBLISHED = {"sd15": (unets.SD15, vaes.SD15), "sdxl": (unets.SDXL, vaes.SDXL)}
 GB = 2**30  # as makers of GPUs count
 MEMORIES = (16, 24, 40, 80)  # GB of the GPUs that people have
-RESERVE = 1.0  # GB: what the driver keeps, and holes between allocations
+OVERHEAD_GB = 1.0  # GB: what the driver keeps, and holes between allocations
 SAVINGS = (  # flags that save memory, the later the slower
     "",
     "--checkpointing decoder",
@@ -115,18 +115,18 @@ def build(args, unet: UNetConfig, vae: VAEConfig) -> Networks:
         blank = (UNet(unet), VAE(vae))
     for network in blank:
         network.load_state_dict({key: torch.empty(t.shape) for key, t in network.state_dict().items()}, assign=True)
-    networks = Networks(blank[0], fold(blank[1].requires_grad_(False)), [])
+    networks = Networks(blank[0], fuse(blank[1].requires_grad_(False)), [])
     paths = (args.reward_weights or "").split(",")
     for i, (name, _) in enumerate(rewards.parse(args.reward) if args.method != "diffusion" else []):
         folder = rewards.EMBEDDED / name if name in ("tiny", "tiny2") else Path(paths[i] if i < len(paths) else "")
         known = folder != Path() and (folder / "config.json").is_file()
-        network = reward_networks.blank(name, folder if known else None)
+        network = reward_networks.build_meta(name, folder if known else None)
         empty = {key: torch.empty(t.shape) for key, t in network.state_dict().items()}
-        networks.rewards.append(reward_networks.fill(network, empty, name))
+        networks.rewards.append(reward_networks.load_strict(network, empty, name))
     return networks
 
 
-def lower(module: nn.Module) -> None:
+def to_bf16(module: nn.Module) -> None:
     """Frozen weights in bf16; `Module.to` does not know tensors without data."""
     for part in module.modules():
         for name, p in list(part.named_parameters(recurse=False)):
@@ -138,12 +138,12 @@ def flops(args, unet: UNetConfig, vae: VAEConfig) -> dict[str, float]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         m = build(args, unet, vae)
         if args.lora:
-            lora.add(fold(m.unet), args.lora)
+            lora.add(fuse(m.unet), args.lora)
         x = torch.empty(1, vae.latent_channels, *[args.resolution // m.vae.factor] * 2)
         images = torch.empty(1, 3, args.resolution, args.resolution)
         given = conditioning_of(unet, 1, torch.float32)
         parts = {"UNet with gradients": count(lambda x: m.unet(x, 1, **given), x, backward=True)}
-        fold(m.unet)  # as the steps without gradients have it
+        fuse(m.unet)  # as the steps without gradients have it
         parts |= {
             "UNet forward": count(lambda x: m.unet(x, 1, **given), x),
             "decode": count(m.vae.decode, x),
@@ -186,7 +186,7 @@ def matrix_rate(device: str) -> float:
     return 2 * n**3 / median(seconds[1:])
 
 
-class Meter:
+class MFUMeter:
     """MFU: the share of a device's measured bf16 matrix rate that updates reach, in the arithmetic they need."""
 
     def __init__(self, args, unet: UNetConfig, vae: VAEConfig):
@@ -250,21 +250,21 @@ def text_bytes(unet: UNetConfig) -> int:
 def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str = "") -> tuple[float, float]:
     """Bytes that a run on a GPU in bf16 keeps between updates, and has at most in a pass of `batch` images."""
     side = args.resolution // 2 ** (len(vae.channels) - 1)
-    fused = patch.object(unets, "attend", F.scaled_dot_product_attention)
+    fused = patch.object(unets, "attention", F.scaled_dot_product_attention)
     with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as memory, norms_in_float32(), fused:
         m = build(args, unet, vae)
-        lower(m.vae)
-        fold(m.vae)
+        to_bf16(m.vae)
+        fuse(m.vae)
         for network in m.rewards:  # as `reward_models.lower` has it
             network.dtype, tower = torch.bfloat16, getattr(network, "model", network).vision_model
             for linear in (module for module in tower.modules() if isinstance(module, nn.Linear)):
-                lower(linear)
+                to_bf16(linear)
         if args.lora:
-            lower(m.unet)
-            trained, copies = lora.add(fold(m.unet), args.lora), []
+            to_bf16(m.unet)
+            trained, copies = lora.add(fuse(m.unet), args.lora), []
         else:
             trained = list(m.unet.parameters())
-            kernels = [folded(part.conv.weight) for part in m.unet.modules() if isinstance(part, Upsample)]
+            kernels = [fused_kernel(part.conv.weight) for part in m.unet.modules() if isinstance(part, Upsample)]
             copies = [torch.empty_like(t, dtype=torch.bfloat16) for t in trained + kernels]  # for the rollout
             del kernels
         moments = [torch.empty_like(p) for p in (*trained, *trained)]
@@ -299,7 +299,7 @@ def fitting(args, unet: UNetConfig, vae: VAEConfig, gigabytes: float, known: dic
             known[flags] = [peak_memory(args, unet, vae, batch, flags)[1] for batch in (1, 2)]
         one, two = known[flags]
         sizes = [n for n in range(1, images + 1) if images % n == 0]
-        needs = {n: (one + (n - 1) * (two - one)) / GB + RESERVE for n in sizes}
+        needs = {n: (one + (n - 1) * (two - one)) / GB + OVERHEAD_GB for n in sizes}
         fits = [n for n in sizes if needs[n] <= gigabytes]
         if fits and (max(fits) >= 4 or flags == SAVINGS[-1]):
             return max(fits), flags, needs[max(fits)]
@@ -315,7 +315,7 @@ def configs(base: str) -> tuple[UNetConfig, VAEConfig]:
     )
 
 
-def report(args, unet: UNetConfig, vae: VAEConfig) -> Iterator[str]:
+def cost_report(args, unet: UNetConfig, vae: VAEConfig) -> Iterator[str]:
     """The plan, line by line as it is known: the memory takes minutes. `args`: those of `train.py`, resolved."""
     images = args.batch_size * args.accumulate
     yield f"{args.base}, {args.method}, {args.resolution} pixels, {images} images an update"
@@ -328,7 +328,7 @@ def report(args, unet: UNetConfig, vae: VAEConfig) -> Iterator[str]:
     if args.method == "diffusion":
         return
     kind = "memory on a GPU, predicted, not compiled"
-    yield f"\n{kind} (GB of 2^30 bytes, with {RESERVE:g} for the driver), and settings"
+    yield f"\n{kind} (GB of 2^30 bytes, with {OVERHEAD_GB:g} for the driver), and settings"
     known: dict = {}
     for gigabytes in [args.gpu_memory] if args.gpu_memory else MEMORIES:
         found = fitting(args, unet, vae, gigabytes, known)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from utils import images as pictures
 
-READERS = 4  # threads that read pictures ahead
+READER_THREADS = 4  # threads that read pictures ahead
 EMOJI = Path(__file__).parent.parent / "tiny" / "data"
 BACKGROUNDS = {  # the eight colours behind an emoji
     "white": (250, 250, 250),
@@ -93,7 +93,7 @@ class EmojiSet:
         return pictures.to_tensor(self.draw(composition)), composition.caption
 
 
-class Pictures:
+class ImageDataset:
     """Captioned picture files. Item i is scaled so that its shorter side fits, then cropped about its centre."""
 
     def __init__(self, rows: list[tuple[Path, str]], resolution: int):
@@ -105,7 +105,7 @@ class Pictures:
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
         """Raises OSError, with its name, when the file does not decode."""
         path, caption = self.rows[i]
-        picture = pictures.read(path)
+        picture = pictures.read_image(path)
         scale = self.resolution / min(picture.size)
         width, height = (max(self.resolution, round(side * scale)) for side in picture.size)
         left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
@@ -113,7 +113,7 @@ class Pictures:
         return pictures.to_tensor(picture.crop((left, top, left + self.resolution, top + self.resolution))), caption
 
 
-class Captions:
+class PromptDataset:
     """Prompts without pictures: all that ReFL needs."""
 
     def __init__(self, prompts: list[str]):
@@ -225,10 +225,10 @@ def open_data(source: str | None, resolution: int):
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such data; give a folder with metadata.jsonl or a COCO captions file")
     if path.is_dir():
-        return Pictures(read_metadata(path), resolution)
+        return ImageDataset(read_metadata(path), resolution)
     if path.suffix == ".json" and isinstance(read_json(path), dict):
-        return Pictures(read_coco(path), resolution)
-    return Captions(read_prompts(path))
+        return ImageDataset(read_coco(path), resolution)
+    return PromptDataset(read_prompts(path))
 
 
 @lru_cache(maxsize=2)
@@ -236,7 +236,7 @@ def _order(length: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
 
 
-class Stream:
+class DataStream:
     """Batches of a data set in a shuffled order that depends on the seed alone; `position` is all its state.
 
     A picture that does not decode is named once and counted in `left_out`; the one after it takes its place, so that
@@ -247,7 +247,7 @@ class Stream:
 
     def __init__(self, data, seed: int, position: int = 0, ahead: int = 0):
         self.data, self.seed, self.position, self.left_out = data, seed, position, set()
-        self.ahead, self.coming, self.readers = ahead, {}, ThreadPoolExecutor(READERS)
+        self.ahead, self.coming, self.readers = ahead, {}, ThreadPoolExecutor(READER_THREADS)
 
     def index(self, n: int) -> int:
         """The index of what stands at position n."""

@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metrics
-from combined import generate_each, switch_weights
+from combined import combined_weights, generate_each
 from scheduler import Scheduler
 from speed import prepacked
 from training import presets
 from unet import UNet
 from utils import cli
-from utils.images import grid, save_png, to_pictures
+from utils.images import grid, save_png, to_pil
 
 SCHEDULER = Scheduler(40)
 SEEDS = 4  # images of each prompt that are scored
@@ -30,7 +30,7 @@ Scores = dict[str, Tensor]  # "reward", "judge" and "diversity", those that are 
 
 @torch.no_grad()
 def images_of(
-    args, m, row: presets.Settings, prompts: list[str], count: int, switches: list[int]
+    args, m, row: presets.Preset, prompts: list[str], count: int, switches: list[int]
 ) -> Iterator[list[Tensor]]:
     """`count` images a prompt, seeds 0, 1, ..., for each switch: the base model takes so many of 40 steps.
 
@@ -41,14 +41,14 @@ def images_of(
         m.base.to(args.device)
     tuned, vae = m.ema or m.tuned, m.vae
     if args.device == "cpu" and not args.compile:
-        tuned, vae = prepacked.view(tuned), prepacked.view(vae)
+        tuned, vae = prepacked.packed_copy(tuned), prepacked.packed_copy(vae)
     base = tuned if args.method == "diffusion" else m.base
     asked, seeds = [p for p in prompts for _ in range(count)], list(range(count)) * len(prompts)
     chunk = 2 * args.batch_size
     for part in (slice(at, at + chunk) for at in range(0, len(asked), chunk)):
         with cli.autocast(args.device, args.dtype):
             made = generate_each(
-                base, tuned, vae, m.text, SCHEDULER, [switch_weights(40, switch) for switch in switches],
+                base, tuned, vae, m.text, SCHEDULER, [combined_weights(40, switch) for switch in switches],
                 asked[part], seeds[part], (args.resolution, args.resolution), row.guidance,
             )  # fmt: skip
         yield [images.float() for images in made]
@@ -56,7 +56,7 @@ def images_of(
         m.base.to("cpu")  # its place is needed for a pass
 
 
-def show(args, m, row: presets.Settings, prompts: list[str], path: Path) -> None:
+def show(args, m, row: presets.Preset, prompts: list[str], path: Path) -> None:
     """A grid of six fixed prompts and fixed seeds: the base model beside the tuned one."""
     shown = prompts[:6]
     sides = {"model": (4, 40)} if args.method == "diffusion" else {"base": (2, 40), "tuned": (2, 0)}
@@ -65,7 +65,7 @@ def show(args, m, row: presets.Settings, prompts: list[str], path: Path) -> None
         if name in m.shown:
             pictures = m.shown[name]
         else:
-            pictures = to_pictures(torch.cat([images for (images,) in images_of(args, m, row, shown, count, [switch])]))
+            pictures = to_pil(torch.cat([images for (images,) in images_of(args, m, row, shown, count, [switch])]))
         if name == "base":
             m.shown[name] = pictures  # which stay what they are
         rows = [cells + pictures[count * r : count * (r + 1)] for r, cells in enumerate(rows)]
@@ -74,7 +74,7 @@ def show(args, m, row: presets.Settings, prompts: list[str], path: Path) -> None
 
 
 @torch.no_grad()
-def scores_of(args, m, row: presets.Settings, prompts: list[str], switches: list[int]) -> list[Scores]:
+def scores_of(args, m, row: presets.Preset, prompts: list[str], switches: list[int]) -> list[Scores]:
     """For each switch reward and judge of each image (N,), and the diversity among the images of each prompt (P,)."""
     group = [i for i in range(len(prompts)) for _ in range(SEEDS)]
     scorers = {"reward": m.reward, "judge": m.judge, "diversity": m.features and (lambda images, _: m.features(images))}
@@ -92,7 +92,7 @@ def scores_of(args, m, row: presets.Settings, prompts: list[str], switches: list
     return found
 
 
-def measure(args, m, row: presets.Settings, prompts: list[str], switches: dict[str, int]) -> dict[str, dict]:
+def measure(args, m, row: presets.Preset, prompts: list[str], switches: dict[str, int]) -> dict[str, dict]:
     """Mean and standard deviation of each of `scores_of`, a row for each named switch."""
     found = scores_of(args, m, row, prompts, list(switches.values()))
     return {
@@ -127,7 +127,7 @@ def line(change: dict[str, tuple[float, float]]) -> str:
     return ", ".join(f"{key} {difference:+.3f} ± {error:.3f}" for key, (difference, error) in change.items())
 
 
-def look(args, m, row: presets.Settings, prompts: list[str], about: dict, update: int, values: dict) -> bool:
+def look(args, m, row: presets.Preset, prompts: list[str], about: dict, update: int, values: dict) -> bool:
     """Add to `values` what `--monitor` sees of the tuned model alone; warn, and return True, where it overfits."""
     (scores,) = scores_of(args, m, row, prompts, [0])
     per_prompt = {key: v.view(len(prompts), -1).mean(1) for key, v in scores.items()}

@@ -11,7 +11,7 @@ VERSION = "0.1.0"
 METHODS = ("diffusion", "refl", "imagerefl")
 FEATURES = Path(__file__).parent.parent / "tiny" / "features"  # the held-out CLIP that judges the tiny base
 TUNED = Path(__file__).parent.parent / "tiny" / "tuned"  # a tuned model that ships with the tiny base
-PROMPTS = (
+SAMPLE_PROMPTS = (
     "a lighthouse on a cliff at dusk, oil painting",
     "a red bicycle leaning on a brick wall",
     "a bowl of ramen, photographed from above",
@@ -22,7 +22,7 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class Preset:
     """Defaults of the commands for one base."""
 
     resolution: int  # pixels
@@ -38,7 +38,7 @@ class Settings:
     prompts: tuple[str, ...]  # for the grids and the table of a run
 
 
-TINY = Settings(
+TINY = Preset(
     resolution=64,
     reward="tiny",
     guidance=2.0,
@@ -68,7 +68,7 @@ TINY = Settings(
         "fox",
     ),  # fmt: skip
 )
-SD15 = Settings(  # Table 1, SD1.5 rows; Section 5.1; `diffusion` is ours
+SD15 = Preset(  # Table 1, SD1.5 rows; Section 5.1; `diffusion` is ours
     resolution=512,
     reward="hpsv2.1",
     guidance=7.5,
@@ -79,7 +79,7 @@ SD15 = Settings(  # Table 1, SD1.5 rows; Section 5.1; `diffusion` is ours
     accumulate=4,
     updates={"diffusion": 4000, "refl": 2000, "imagerefl": 4000},
     shift=0,
-    prompts=PROMPTS,
+    prompts=SAMPLE_PROMPTS,
 )
 SDXL = replace(  # Section 5.1; t' follows the names of the official runs
     SD15,
@@ -88,16 +88,16 @@ SDXL = replace(  # Section 5.1; t' follows the names of the official runs
     start=35,
     batch_size=4,
 )
-ROWS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
+PRESETS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
 
 
-def of(base: str, config: dict | None = None) -> Settings:
+def preset_for(base: str, config: dict | None = None) -> Preset:
     """The row of a named base, or of a folder by its UNet's `config.json`: by the width of the text states.
 
     Raises ValueError for SD2.
     """
-    if base in ROWS:
-        return ROWS[base]
+    if base in PRESETS:
+        return PRESETS[base]
     width = (config or {}).get("cross_attention_dim")
     if width == 1024:
         raise ValueError(f"{base}: an SD2 model by its text states of width 1024; SD1.5 and SDXL are supported")

@@ -55,8 +55,8 @@ def begin(args, folder: Path, update: int) -> dict:
     about.pop("finished", None)
     if args.resume:
         for name in ("states", "unet"):
-            checkpoint.sweep(folder / name)
-        checkpoint.cut_log(folder / "log.jsonl", update)
+            checkpoint.remove_temporaries(folder / name)
+        checkpoint.truncate_log(folder / "log.jsonl", update)
         print(f"going on after update {update} of {folder}")
     describe(folder, about)
     return about

@@ -23,68 +23,72 @@ from torch import Tensor
 
 from unet import ResnetBlock, TransformerBlock, UNet
 
-RANK = int(os.environ.get("RANK", 0))
-COUNT = int(os.environ.get("WORLD_SIZE", 1))
-PATIENCE = timedelta(hours=2)  # the others wait while the first one makes pictures; torchrun ends them when one dies
+rank = int(os.environ.get("RANK", 0))
+world_size = int(os.environ.get("WORLD_SIZE", 1))
+TIMEOUT = timedelta(hours=2)  # the others wait while the first one makes pictures; torchrun ends them when one dies
 
 
-def take_gpu() -> None:
+def set_device() -> None:
     """Make "cuda" mean this process's own GPU, before it is used. Raises ValueError where there are fewer."""
     gpus, mine = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    if COUNT == 1 or not gpus:
+    if world_size == 1 or not gpus:
         return
     if mine >= gpus:
-        raise ValueError(f"process {RANK} of {COUNT}: there are only {gpus} GPUs here; --nproc-per-node {gpus}")
+        raise ValueError(f"process {rank} of {world_size}: there are only {gpus} GPUs here; --nproc-per-node {gpus}")
     torch.cuda.set_device(mine)
 
 
 @contextmanager
-def group(device: str) -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """Within: the processes that torchrun started know of each other. Nothing happens where this is the only one.
 
     Raises ValueError when one of them is gone.
     """
-    if COUNT == 1:
+    if world_size == 1:
         yield
         return
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=PATIENCE)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=TIMEOUT)
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         reason = str(error).splitlines()[0]
-        raise ValueError(f"process {RANK} of {COUNT}: another one is gone, its message says why ({reason})") from None
+        raise ValueError(
+            f"process {rank} of {world_size}: another one is gone, its message says why ({reason})"
+        ) from None
     dist.destroy_process_group()  # not after an error, when others may be gone: it would wait for them
 
 
-def check_passes(batch_size: int, passes: int) -> None:
+def check_divisible(batch_size: int, passes: int) -> None:
     """Raises ValueError when the processes cannot share the passes of an update evenly."""
-    if passes % COUNT:
+    if passes % world_size:
         images = batch_size * passes
         ways = [
-            (images // n, n) for n in range(COUNT, images + 1, COUNT) if images % n == 0 and images // n <= batch_size
+            (images // n, n)
+            for n in range(world_size, images + 1, world_size)
+            if images % n == 0 and images // n <= batch_size
         ]
         same = f"; --batch-size {ways[0][0]} --accumulate {ways[0][1]} is as many images an update" if ways else ""
-        raise ValueError(f"--accumulate {passes}: {COUNT} processes cannot share it evenly; give a multiple{same}")
+        raise ValueError(f"--accumulate {passes}: {world_size} processes cannot share it evenly; give a multiple{same}")
 
 
-def share(passes: int) -> range:
+def micro_batches_of_this_rank(passes: int) -> range:
     """The passes of an update that this process takes."""
-    return range(RANK, passes, COUNT)
+    return range(rank, passes, world_size)
 
 
-def add_up(tensors: Iterable[Tensor]) -> None:
+def all_reduce(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes."""
-    if COUNT > 1:
+    if world_size > 1:
         for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
             work.wait()
 
 
-def total(numbers: list[float], device: str) -> list[float]:
+def all_reduce_sum(numbers: list[float], device: str) -> list[float]:
     """Each number's sum over all processes."""
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    add_up([sums])
+    all_reduce([sums])
     return sums.tolist()
 
 
@@ -93,7 +97,7 @@ def shard(unet: UNet) -> None:
     from torch.distributed.fsdp import fully_shard  # seconds to import
 
     device = next(unet.parameters()).device.type
-    mesh = dist.init_device_mesh(device, (COUNT,))
+    mesh = dist.init_device_mesh(device, (world_size,))
     blocks = [module for module in unet.modules() if isinstance(module, (ResnetBlock, TransformerBlock))]
     for module in [*blocks, unet]:  # whole at a time: one block, and the little that is in none
         fully_shard(module, mesh=mesh)
@@ -101,12 +105,12 @@ def shard(unet: UNet) -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def whole(t: Tensor) -> Tensor:
+def gather(t: Tensor) -> Tensor:
     """A tensor, put together where it is in parts: then a call of all processes."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def part(t: Tensor, like: Tensor) -> Tensor:
+def scatter(t: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, if `like`, of the same shape, is in parts."""
     if not hasattr(like, "full_tensor") or t.shape != like.shape:
         return t
@@ -115,6 +119,6 @@ def part(t: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def collect(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather_to_rank0(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors whole and on the CPU, in the first process alone; a call of all processes where they are in parts."""
-    return {key: t.cpu() for key, t in ((key, whole(t)) for key, t in tensors.items()) if RANK == 0}
+    return {key: t.cpu() for key, t in ((key, gather(t)) for key, t in tensors.items()) if rank == 0}

@@ -15,7 +15,7 @@ from utils import disk
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def read(path: str | Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     """A picture file in RGB, upright as its EXIF says. Raises OSError, with its name, when it does not decode."""
     try:
         with Image.open(path) as file:
@@ -35,7 +35,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
+def to_pil(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1], clamped -> pictures."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
