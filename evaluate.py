@@ -82,14 +82,16 @@ from tqdm import tqdm  # noqa: E402
 import metrics  # noqa: E402
 import rewards  # noqa: E402
 import weights  # noqa: E402
-from combined import aig_weights, combined_weights, generate_each  # noqa: E402
+from combined import aig_weights, combined_weights  # noqa: E402
 from pretrained import weight_files  # noqa: E402
 from report import page  # noqa: E402
 from report.curves import METHODS  # noqa: E402
+from report.sweep import generate_each  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from speed import prepacked  # noqa: E402
 from training.data import EmojiSet, ImageDataset, open_data, read_prompts  # noqa: E402
 from utils import cli, disk  # noqa: E402
+from utils.device import choose_device, default_dtype, frozen_dtype, sampling_autocast  # noqa: E402
 from utils.images import save_png, to_pil, to_tensor  # noqa: E402
 
 PRINTED = {"hpsv2.1": 100, "hpsv2.0": 100, "clipscore": 100, "tiny": 0.1, "tiny2": 0.1}  # factors of the table
@@ -184,7 +186,7 @@ def draw(args, points: list[Point], prompts: list[str], jobs: list[tuple[int, in
     missing = [p for p in points if not all(path.exists() for path in image_paths(args, p, jobs))]
     if not missing:
         return
-    dtype = cli.stored(args)
+    dtype = frozen_dtype(args)
     vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
     prepacked.prepack(vae.decoder)
     scheduler, size = Scheduler(args.steps), (args.resolution, args.resolution)
@@ -202,7 +204,7 @@ def draw(args, points: list[Point], prompts: list[str], jobs: list[tuple[int, in
                 if not todo:
                     continue
                 asked, seeds = [prompts[p] for p, _ in part], [seed for _, seed in part]
-                with cli.sampling(args):
+                with sampling_autocast(args):
                     made = generate_each(
                         base, tuned, vae, text, scheduler, [p.mixture(args.steps) for p in todo],
                         asked, seeds, size, guidance,
@@ -353,9 +355,9 @@ def resolve(args, row: presets.Preset) -> list[str]:
     args.guidance = row.guidance if args.guidance is None else args.guidance
     args.resolution = args.resolution or row.resolution
     args.batch_size = args.batch_size or (64 if row is presets.TINY else 8)
-    args.device = cli.device(args.device)
+    args.device = choose_device(args.device)
     cli.check_writable(Path(args.output_dir))
-    args.dtype = args.dtype or cli.dtype(args.device)
+    args.dtype = args.dtype or default_dtype(args.device)
     weights.check_resolution(args.base, args.resolution)
     for flag in ("dino", "inception"):
         if row is presets.TINY and getattr(args, flag):

@@ -1,54 +1,45 @@
-"""ImageReFL (Section 4.2 of the paper): reward tuning that starts from real images, so that diversity survives.
+"""ImageReFL (Section 4.3 of the paper): reward fine-tuning that starts from real images, which preserves diversity.
 
-A real image noised to step t' is denoised without gradients to a step t_f, then one step with gradients, as in ReFL; a
-diffusion loss on the same noised image keeps the model a denoiser. Every fourth update is one of ReFL.
+A real image noised to t' is denoised without gradients to a step t_f, then takes one step with gradients, as in ReFL; a
+diffusion loss on the same noised image regularises the model. Every fourth update is a ReFL update.
 """
 
 import torch
 from torch import Tensor
 
 from combined import conditional
-from diffusion import diffusion_loss
 from refl import reward_loss, sample_t_f
-from scheduler import Scheduler, denoise, sample_noise
+from scheduler import Scheduler, denoise, diffusion_loss, sample_noise
 
-REFL_EVERY = 4  # three updates of ImageReFL, then one of ReFL
-
-
-def is_refl_update(update: int) -> bool:
-    """Whether update 0, 1, 2, ... is one of ReFL: the fourth, the eighth, ..."""
-    return update % REFL_EVERY == REFL_EVERY - 1
+REFL_EVERY = 4  # three ImageReFL updates, then one ReFL update
 
 
-def imagerefl_loss(
+def imagerefl_losses(
     unet,
     vae,
     reward,
     scheduler: Scheduler,
     x0: Tensor,
-    start: int,
-    conditioning: dict,
+    t_prime: int,
+    c: dict,
     prompts: list[str],
     generator: torch.Generator,
-    reward_scale: float = 1e-3,
-    diffusion_scale: float = 1e-5,
-    shift: int = 0,
-) -> tuple[Tensor, dict]:
-    """Eqs. (4) and (5) for latents x0 (B, C, H, W) of real images: returns the loss and what to log.
+    max_shift: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Eqs. (4) and (5), unscaled, for latents x0 (B, C, H, W) of real images: (reward loss, diffusion loss).
 
-    `start`: the step index of t', which the noised images stand at (30 of 40 for SD1.5, 35 for SDXL).
+    t_prime: step index of t', the noise level to which the images are noised (30 of 40 for SD1.5, 35 for SDXL).
     """
-    t = scheduler.timesteps[start]
+    t = scheduler.timesteps[t_prime]
     eps = sample_noise(x0.shape, generator, x0.device)
-    x_start = scheduler.add_noise(x0, eps, t)
-    predicted = unet(x_start, t, **conditioning)
-    diffusion = diffusion_loss(predicted, eps).mean()
+    x_t_prime = scheduler.add_noise(x0, eps, t)
+    eps_theta = unet(x_t_prime, t, **c)
+    l_diffusion = diffusion_loss(eps_theta, eps).mean()  # Eq. (5)
 
-    t_f, x_t = sample_t_f(start, scheduler, generator), x_start
-    if t_f > start:  # the first step on the way there needs the same prediction
-        with torch.no_grad():
-            x_t = scheduler.step(start, x_start, predicted.to(x_start.dtype), generator)
-            x_t = denoise(scheduler, conditional(unet, conditioning), x_t, scheduler.steps[start + 1 : t_f], generator)
-    loss, log = reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts, generator, shift)  # Eq. (4)
-    loss = reward_scale * loss + diffusion_scale * diffusion  # Eq. (5)
-    return loss, log | {"diffusion": diffusion.detach()}
+    t_f, x_t = sample_t_f(t_prime, scheduler, generator), x_t_prime
+    if t_f > t_prime:
+        with torch.no_grad():  # from t' to t_f; the first step reuses the prediction of the diffusion loss
+            x_t = scheduler.step(t_prime, x_t_prime, eps_theta.to(x_t_prime.dtype), generator)
+            x_t = denoise(scheduler, conditional(unet, c), x_t, scheduler.steps[t_prime + 1 : t_f], generator)
+    l_reward = reward_loss(unet, vae, reward, scheduler, x_t, t_f, c, prompts, generator, max_shift)  # Eq. (4)
+    return l_reward, l_diffusion

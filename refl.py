@@ -1,7 +1,7 @@
 """ReFL, reward feedback learning (Section 3.2 of the paper): backpropagate a reward through one late denoising step.
 
-From pure noise, denoise without gradients to a step t_f drawn from the last ten, take that step with gradients, decode
-the predicted x0, and climb the reward.
+From noise x_T, denoise without gradients to a step t_f drawn from the last ten, take that step with gradients, decode
+the predicted x0, and maximise its reward. B batch, C channels, H, W sides.
 """
 
 import torch
@@ -9,25 +9,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from combined import conditional
-from scheduler import Scheduler, denoise, sample_noise
+from scheduler import Scheduler, denoise
 
-LAST = 10  # t_f is drawn from the last ten steps
+T_MAX = 10  # t_f is one of the last ten steps: [T_min, T_max] = [0, 10] in the paper's countdown
 
 
 def sample_t_f(first: int, scheduler: Scheduler, generator: torch.Generator) -> int:
-    """A step index t_f, uniform over first, ..., T - 1."""
+    """Step index of t_f, uniform over first, ..., T - 1."""
     return int(torch.randint(first, len(scheduler.steps), (), generator=generator))
 
 
-def random_shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W), each moved by 0..most pixels down and right, edges repeated.
+def random_shift(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
+    """Shift each of the images (B, 3, H, W) right and down by 0..max_shift pixels, repeating the edges.
 
-    A vision transformer sees the picture in patches; what is moved at random cannot be fitted to their grid.
+    Random shifts keep the UNet from exploiting the reward's fixed patch grid.
     """
-    moves = torch.randint(most + 1, (len(images), 2), generator=generator).tolist()
+    shifts = torch.randint(max_shift + 1, (len(images), 2), generator=generator).tolist()
     H, W = images.shape[-2:]
-    rows = zip(images, moves, strict=True)
-    return torch.stack([F.pad(x, (dx, 0, dy, 0), mode="replicate")[:, :H, :W] for x, (dy, dx) in rows])
+    pairs = zip(images, shifts, strict=True)
+    return torch.stack([F.pad(x, (dx, 0, dy, 0), mode="replicate")[:, :H, :W] for x, (dy, dx) in pairs])
+
+
+def score_latents(vae, reward, x0: Tensor, prompts: list[str], generator=None, max_shift: int = 0) -> Tensor:
+    """R(decode(x0), c) of latents x0 (B, C, H, W), per image: (B,). `max_shift` > 0: see `random_shift`."""
+    images = vae.decode(x0)
+    if max_shift:
+        images = random_shift(images, max_shift, generator)
+    return reward(images, prompts)
 
 
 def reward_loss(
@@ -37,25 +45,16 @@ def reward_loss(
     scheduler: Scheduler,
     x_t: Tensor,
     i: int,
-    conditioning: dict,
+    c: dict,
     prompts: list[str],
     generator: torch.Generator,
-    shift: int = 0,
-) -> tuple[Tensor, dict]:
-    """The reward of the image that step i of 0..39 predicts from x_t (B, C, H, W), as a loss.
-
-    The one UNet call here carries gradients.
-
-    `shift`: the reward sees each image moved by up to so many pixels, drawn with `generator`.
-    """
+    max_shift: int = 0,
+) -> Tensor:
+    """Negative mean reward of the image decoded from the x0 predicted at step index i. This UNet call has gradients."""
     t = scheduler.timesteps[i]
-    eps = unet(x_t, t, **conditioning)
+    eps = unet(x_t, t, **c)
     x0 = scheduler.predict_x0(x_t, eps, t)
-    images = vae.decode(x0)
-    if shift:
-        images = random_shift(images, shift, generator)
-    r = reward(images, prompts)  # (B,)
-    return -r.mean(), {"reward": r.detach().mean()}  # Eq. (2)
+    return -score_latents(vae, reward, x0, prompts, generator, max_shift).mean()  # Eq. (2)
 
 
 def refl_loss(
@@ -63,15 +62,14 @@ def refl_loss(
     vae,
     reward,
     scheduler: Scheduler,
-    shape: tuple[int, ...],
-    conditioning: dict,
+    x_T: Tensor,
+    c: dict,
     prompts: list[str],
     generator: torch.Generator,
-    shift: int = 0,
-) -> tuple[Tensor, dict]:
-    """Eq. (2) for latents of `shape` (B, C, H, W): returns the loss, without its factor k_R, and what to log."""
-    x_t = sample_noise(shape, generator, conditioning["context"].device)
-    t_f = sample_t_f(len(scheduler.steps) - LAST, scheduler, generator)
+    max_shift: int = 0,
+) -> Tensor:
+    """Eq. (2), unscaled, from noise x_T (B, C, H, W). c: the UNet's text conditioning of `prompts`."""
+    t_f = sample_t_f(len(scheduler.steps) - T_MAX, scheduler, generator)
     with torch.no_grad():
-        x_t = denoise(scheduler, conditional(unet, conditioning), x_t, scheduler.steps[:t_f], generator)
-    return reward_loss(unet, vae, reward, scheduler, x_t, t_f, conditioning, prompts, generator, shift)
+        x_t = denoise(scheduler, conditional(unet, c), x_T, scheduler.steps[:t_f], generator)
+    return reward_loss(unet, vae, reward, scheduler, x_t, t_f, c, prompts, generator, max_shift)

@@ -12,95 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from speed.fused_upsample import Upsample
-
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet. A transformer depth of 0 says that a level has no attention."""
+    """Sizes of a UNet, one entry per resolution. Depth 0 = no attention at that resolution."""
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    depths: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block, a level each
+    depths: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block
     mid_depth: int = 1
-    layers: int = 2  # residual blocks a level on the way down; one more on the way up
+    layers: int = 2  # residual blocks per down block; an up block has one more
     heads: tuple[int, ...] = (8, 8, 8, 8)
-    context: int = 768  # width of the text states
+    context: int = 768  # width of the text embeddings
     latent_channels: int = 4
     groups: int = 32
-    linear_projection: bool = False  # around the transformers: linear layers (SDXL) or 1x1 convolutions (SD1.5)
-    pooled: int = 0  # width of the pooled text and the size embeddings together; 0 for none
-    size_embedding: int = 256  # width of the embedding of one number of `time_ids`
-    sample_size: int = 64  # side of the latents it was trained on
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "UNetConfig":
-        """From a diffusers `config.json`. Raises ValueError for settings that this class does not build."""
-        _refuse_unknown(config)
-        channels = tuple(config["block_out_channels"])
-        per_level = config.get("transformer_layers_per_block", 1)
-        per_level = per_level if isinstance(per_level, list) else [per_level] * len(channels)
-        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-        attends = [kind.startswith("CrossAttn") for kind in config["down_block_types"]]
-        return cls(
-            channels,
-            tuple(depth if there else 0 for depth, there in zip(per_level, attends, strict=True)),
-            per_level[-1],
-            config.get("layers_per_block", 2),
-            tuple(heads) if isinstance(heads, list) else (heads,) * len(channels),
-            config.get("cross_attention_dim", 1280),
-            config.get("in_channels", 4),
-            config.get("norm_num_groups", 32),
-            config.get("use_linear_projection", False),
-            config.get("projection_class_embeddings_input_dim") or 0,
-            config.get("addition_time_embed_dim") or 256,
-            config.get("sample_size") or 64,
-        )
-
-    def to_dict(self) -> dict:
-        """As a diffusers `config.json`."""
-        down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in self.depths]
-        up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(self.depths)]
-        config = {
-            "_class_name": "UNet2DConditionModel",
-            "act_fn": "silu",
-            "attention_head_dim": list(self.heads),  # the library's name for the number of heads
-            "block_out_channels": list(self.channels),
-            "cross_attention_dim": self.context,
-            "down_block_types": down,
-            "up_block_types": up,
-            "in_channels": self.latent_channels,
-            "out_channels": self.latent_channels,
-            "layers_per_block": self.layers,
-            "norm_num_groups": self.groups,
-            "sample_size": self.sample_size,
-            "transformer_layers_per_block": [*(d or 1 for d in self.depths[:-1]), self.mid_depth],
-            "use_linear_projection": self.linear_projection,
-        }
-        if self.pooled:
-            config |= {
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": self.size_embedding,
-                "projection_class_embeddings_input_dim": self.pooled,
-            }
-        return config
-
-
-def _refuse_unknown(config: dict) -> None:
-    """Settings of other published UNets that change the network and are not built here."""
-    built = {
-        "act_fn": ("silu",),
-        "resnet_time_scale_shift": ("default",),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "addition_embed_type": (None, "text_time"),
-        "class_embed_type": (None,),
-        "encoder_hid_dim": (None,),
-        "time_cond_proj_dim": (None,),
-        "only_cross_attention": (False,),
-        "dual_cross_attention": (False,),
-    }
-    for key, allowed in built.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"unet config: {key} = {config[key]} is not supported; SD1.5 and SDXL are")
+    linear_projection: bool = False  # in and out of transformers: linear layers (SDXL) or 1x1 convolutions (SD1.5)
+    pooled: int = 0  # width of pooled text plus size embeddings (SDXL); 0 = none
+    size_embedding: int = 256  # width of the embedding of each number in `time_ids`
+    sample_size: int = 64  # side of the latents in training
 
 
 SD15 = UNetConfig()
@@ -127,7 +55,7 @@ TINY = UNetConfig(
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Numbers (B,) -> embedding (B, width): cosines, then sines, of wavelengths from 2 pi to 20,000 pi."""
+    """Sinusoidal embedding (B, width) of numbers (B,): cosines, then sines, with wavelengths 2 pi to 20,000 pi."""
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies
@@ -135,7 +63,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers, on top of a sinusoid."""
+    """MLP on the sinusoidal timestep embedding."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -158,27 +86,19 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """`emb` has been through its activation."""
+        """x (B, C_in, H, W), emb (B, C_emb), the time embedding after SiLU -> (B, C_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(emb)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c)) v of queries (B, heads, L, c), keys and values (B, heads, S, c)."""
-    few = q.shape[2] * k.shape[2] <= 256**2
-    if few and q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad:  # there the fused kernel's gradient is slow
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class Attention(nn.Module):
-    """Attention of tokens x (B, L, C) to context (B, S, D), or to themselves."""
+    """Multi-head attention of tokens x (B, L, C) to context (B, S, D); self-attention where context is x."""
 
     def __init__(self, c: int, c_context: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads, self.attention = heads, F.scaled_dot_product_attention  # softmax(q k^T / sqrt(c)) v
         self.to_q = nn.Linear(c, c, bias=False)
         self.to_k = nn.Linear(c_context, c, bias=False)
         self.to_v = nn.Linear(c_context, c, bias=False)
@@ -188,7 +108,7 @@ class Attention(nn.Module):
         B, L, C = x.shape
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (t.view(B, -1, self.heads, C // self.heads).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, c)
-        return self.to_out[0](attention(q, k, v).transpose(1, 2).reshape(B, L, C))
+        return self.to_out[0](self.attention(q, k, v).transpose(1, 2).reshape(B, L, C))
 
 
 class GEGLU(nn.Module):
@@ -204,7 +124,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])  # 1 is a dropout of 0
+        self.net = nn.ModuleList(
+            [GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)]
+        )  # index 1: dropout in the checkpoints' names
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -228,7 +150,7 @@ class TransformerBlock(nn.Module):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution, of tokens (B, L, C)."""
+    """A 1x1 convolution applied to tokens (B, L, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)
@@ -259,16 +181,27 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
+class Upsample(nn.Module):
+    """2x nearest-neighbour upsampling, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
 class Block(nn.Module):
-    """The residual blocks of one resolution, each followed by a transformer where the depth is not 0."""
+    """Residual blocks at one resolution, each followed by a transformer if depth > 0."""
 
     def __init__(self, c_ins: list[int], c: int, depth: int, heads: int, c_emb: int, config: UNetConfig):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c_in, c, c_emb, config.groups) for c_in in c_ins])
         self.attentions = nn.ModuleList([Transformer(c, depth, heads, config) for _ in c_ins if depth])
 
-    def cell(self, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        """The i-th residual block and its transformer."""
+    def layer(self, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        """Residual block i and its transformer."""
         x = self.resnets[i](x, emb)
         return self.attentions[i](x, context) if self.attentions else x
 
@@ -294,7 +227,7 @@ class UpBlock(Block):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in latents. `checkpointing = True` recomputes each cell in the backward pass."""
+    """eps_theta(x_t, t, c). `checkpointing = True` recomputes each layer in the backward pass to save memory."""
 
     def __init__(self, config: UNetConfig = SD15):
         super().__init__()
@@ -307,7 +240,7 @@ class UNet(nn.Module):
         if config.pooled:
             self.add_embedding = TimestepEmbedding(config.pooled, c_emb)
 
-        skips = [c[0]]  # channels of what the way down leaves for the way up
+        skips = [c[0]]  # channels of the skip connections
         self.down_blocks = nn.ModuleList()
         for i in range(len(c)):
             self.down_blocks.append(DownBlock(c[max(i - 1, 0)], c[i], depths[i], heads[i], c_emb, config, i < last))
@@ -323,11 +256,11 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(c[0], config.latent_channels, 3, padding=1)
 
     def embed(self, t: Tensor, pooled: Tensor | None, time_ids: Tensor | None) -> Tensor:
-        """Timesteps (B,), and for SDXL pooled text (B, P) and sizes (B, 6), -> embedding (B, 4 C)."""
+        """Time embedding (B, 4 C) of timesteps (B,), for SDXL also of pooled text (B, P) and time_ids (B, 6)."""
         emb = self.time_embedding(timestep_embedding(t, self.config.channels[0]))
         if self.config.pooled:
             if pooled is None or time_ids is None:
-                raise ValueError("this UNet is an SDXL one: it needs `pooled` text and `time_ids`")
+                raise ValueError("this is an SDXL UNet: it needs `pooled` text embeddings and `time_ids`")
             sizes = timestep_embedding(time_ids.flatten(), self.config.size_embedding).view(len(t), -1)  # (B, 6 * 256)
             emb = emb + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], dim=-1))
         return emb
@@ -340,54 +273,41 @@ class UNet(nn.Module):
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
-        """Predict the noise in noised latents.
+        """Predicts the noise in noised latents.
 
         latents (B, C, H, W); timesteps a scalar or (B,), in 0..999; context (B, S, D); SDXL also takes pooled (B, 1280)
-        and time_ids (B, 6). Returns (B, C, H, W). Raises ValueError when a side cannot be halved at every level.
+        and time_ids (B, 6). Returns (B, C, H, W). Raises ValueError if H or W is not divisible by the downsampling.
         """
         B, _, H, W = latents.shape
         multiple = 2 ** (len(self.config.channels) - 1)
         if H % multiple or W % multiple:
             raise ValueError(f"latent sides must be multiples of {multiple}, got {H}x{W}")
         if not isinstance(timesteps, Tensor):
-            timesteps = torch.full((B,), timesteps, device=latents.device)  # copied from nowhere: nothing waits
+            timesteps = torch.full((B,), timesteps, device=latents.device)  # created there: no host-to-device copy
         emb = F.silu(self.embed(timesteps.to(latents.device).expand(B), pooled, time_ids))
-        cell = self._recomputed if self.checkpointing and torch.is_grad_enabled() else Block.cell
+        layer = self._checkpointed if self.checkpointing and torch.is_grad_enabled() else Block.layer
 
         x = self.conv_in(latents.to(self.conv_in.weight.dtype))
         skips = [x]
-        for level in self.down_blocks:
-            for i in range(len(level.resnets)):
-                x = cell(level, i, x, emb, context)
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                x = layer(block, i, x, emb, context)
                 skips.append(x)
-            for down in level.downsamplers:
+            for down in block.downsamplers:
                 x = down(x)
                 skips.append(x)
 
-        x = cell(self.mid_block, 0, x, emb, context)
+        x = layer(self.mid_block, 0, x, emb, context)
         x = self.mid_block.resnets[1](x, emb)
 
-        for level in self.up_blocks:
-            for i in range(len(level.resnets)):
-                x = cell(level, i, torch.cat([x, skips.pop()], dim=1), emb, context)
-            for up in level.upsamplers:
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                x = layer(block, i, torch.cat([x, skips.pop()], dim=1), emb, context)
+            for up in block.upsamplers:
                 x = up(x)
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     @staticmethod
-    def _recomputed(*args) -> Tensor:
-        return checkpoint(Block.cell, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-@torch.no_grad()
-def init_weights(unet: UNet, generator: torch.Generator) -> UNet:
-    """Fresh weights: every convolution and linear layer keeps the variance, every residual branch begins at zero."""
-    for name, module in unet.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            noise = torch.randn(module.weight.shape, generator=generator)
-            branch = name.endswith(("conv2", "to_out.0", "net.2", "proj_out", "conv_out"))
-            module.weight.copy_(noise * (0 if branch else module.weight[0].numel() ** -0.5))
-            if module.bias is not None:
-                module.bias.zero_()
-    return unet
+    def _checkpointed(*args) -> Tensor:
+        return checkpoint(Block.layer, *args, use_reentrant=False, preserve_rng_state=False)

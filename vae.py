@@ -1,7 +1,7 @@
 """The autoencoder of Stable Diffusion: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H/8, W/8).
 
-Follows AutoencoderKL of the published checkpoints, in their key names (diffusers layout). The latent scale lives
-here and nowhere else: `sample` returns scaled latents and `decode` takes them. B batch, C channels, H, W sides.
+Follows AutoencoderKL of the published checkpoints, in their key names (diffusers layout). The scaling factor is applied
+only in this file: `sample` returns scaled latents and `decode` takes them. B batch, C channels, H, W sides.
 """
 
 from collections.abc import Callable
@@ -13,49 +13,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scheduler import sample_noise
-from speed.fused_upsample import Upsample
+from unet import Upsample
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of an autoencoder. `scale` multiplies the latents to about unit variance."""
+    """Sizes of an autoencoder, one entry per resolution. `scale` brings the latents to about unit variance."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    layers: int = 2  # residual blocks per down block; an up block of the decoder has one more
     latent_channels: int = 4
     groups: int = 32
     scale: float = 0.18215
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "VAEConfig":
-        """From a diffusers `config.json`. Raises ValueError for settings that this class does not build."""
-        for key in ("latents_mean", "latents_std", "shift_factor"):
-            if config.get(key) is not None:
-                raise ValueError(f"vae config: {key} = {config[key]} is not supported, only a scaling_factor")
-        return cls(
-            tuple(config["block_out_channels"]),
-            config.get("layers_per_block", 1),
-            config.get("latent_channels", 4),
-            config.get("norm_num_groups", 32),
-            config.get("scaling_factor", 0.18215),
-        )
-
-    def to_dict(self) -> dict:
-        """As a diffusers `config.json`."""
-        levels = len(self.channels)
-        return {
-            "_class_name": "AutoencoderKL",
-            "act_fn": "silu",
-            "block_out_channels": list(self.channels),
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "in_channels": 3,
-            "out_channels": 3,
-            "latent_channels": self.latent_channels,
-            "layers_per_block": self.layers,
-            "norm_num_groups": self.groups,
-            "scaling_factor": self.scale,
-        }
 
 
 SD15 = VAEConfig()
@@ -82,7 +51,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, one head."""
+    """Self-attention over all positions, one head: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, c: int, groups: int):
         super().__init__()
@@ -116,7 +85,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded right and below only, as the checkpoints expect
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pad right and bottom only, as the checkpoints expect
 
 
 class DownBlock(nn.Module):
@@ -173,7 +142,7 @@ class Decoder(nn.Module):
         )
         self.conv_norm_out = nn.GroupNorm(config.groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], 3, 3, padding=1)
-        self.checkpointing = False  # recompute each layer in the backward pass instead of storing it
+        self.checkpointing = False  # True: recompute each layer in the backward pass to save memory
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
@@ -186,7 +155,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The whole autoencoder."""
+    """The autoencoder: images (B, 3, H, W) in [-1, 1] <-> latents."""
 
     def __init__(self, config: VAEConfig = SD15):
         super().__init__()
@@ -198,37 +167,37 @@ class VAE(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Pixels a latent stands for, along one side."""
+        """Downsampling factor: pixels per latent along each side."""
         return 2 ** (len(self.config.channels) - 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> mean and log-variance of the unscaled posterior, each (B, C, H/8, W/8).
 
-        Raises ValueError when a side is no multiple of the downsampling factor.
+        Raises ValueError if H or W is not divisible by the downsampling factor.
         """
         H, W = images.shape[-2:]
         if H % self.factor or W % self.factor:
             raise ValueError(f"image sides must be multiples of {self.factor}, got {H}x{W}")
-        mean, logvar = self._as_stored(lambda x: self.quant_conv(self.encoder(x)), images).chunk(2, dim=1)
+        mean, logvar = self._in_own_dtype(lambda x: self.quant_conv(self.encoder(x)), images).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents in float32, drawn from a posterior as `encode` gives it."""
+        """Sample scaled latents, float32, from the posterior that `encode` returns."""
         noise = sample_noise(mean.shape, generator, mean.device)
         return (mean.float() + (0.5 * logvar.float()).exp() * noise) * self.config.scale
 
     def sample(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8), drawn from the posterior."""
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8), sampled from the posterior."""
         return self.draw(*self.encode(images), generator)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, H/8, W/8) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        return self._as_stored(lambda z: self.decoder(self.post_quant_conv(z)), latents / self.config.scale)
+        return self._in_own_dtype(lambda z: self.decoder(self.post_quant_conv(z)), latents / self.config.scale)
 
-    def _as_stored(self, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Encode or decode x in the type of the weights, without autocast where that is bf16.
+    def _in_own_dtype(self, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Encode or decode x in the dtype of the weights.
 
-        It would run the norms in float32: twice the memory and time.
+        Autocast would run GroupNorm of bf16 weights in float32, doubling memory and time.
         """
         dtype = self.quant_conv.weight.dtype
         if dtype == torch.float32:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 import unet as unets
 import vae as vaes
 from pretrained import key_names, lora, weight_files
+from pretrained.configs import unet_config, unet_dict, vae_config, vae_dict
 from pretrained.text_encoder import TextEncoder
 from pretrained.weight_files import find, read_file  # noqa: F401 - both belong to what this file offers
-from unet import UNet, UNetConfig
+from unet import UNet
 from utils import cli, disk
-from vae import VAE, VAEConfig
+from vae import VAE
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
@@ -60,8 +61,8 @@ def read_config(source: str | Path, component: str = "unet") -> dict:
         return weight_files.read_json(beside)
     xl = "SDXL" in key_names.identify(weight_files.read(place))
     published = {
-        "unet": (unets.SDXL if xl else unets.SD15).to_dict(),
-        "vae": (vaes.SDXL if xl else vaes.SD15).to_dict(),
+        "unet": unet_dict(unets.SDXL if xl else unets.SD15),
+        "vae": vae_dict(vaes.SDXL if xl else vaes.SD15),
         "text_encoder": CLIP_L,
         "text_encoder_2": CLIP_G,
     }
@@ -127,14 +128,14 @@ def fill(module: nn.Module, place: Path, known: list[key_names.Layout], device: 
 def load_unet(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet:
     """The UNet of a source: "tiny", "sd15", "sdxl", a folder (a pipeline's or its own), a single file or a hub id."""
     with torch.device("meta"):
-        unet = UNet(UNetConfig.from_dict(read_config(source, "unet")))
+        unet = UNet(unet_config(read_config(source, "unet")))
     return fill(unet, find(source, "unet"), key_names.of_unet(unet.state_dict(), unet.config), device, dtype)
 
 
 def load_vae(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
     """The autoencoder of a source. Raises ValueError for SDXL's in float16, where it overflows to black images."""
     with torch.device("meta"):
-        vae = VAE(VAEConfig.from_dict(read_config(source, "vae")))
+        vae = VAE(vae_config(read_config(source, "vae")))
     if vae.config.scale == vaes.SDXL.scale and dtype == torch.float16:
         raise ValueError(f"{source}: SDXL's autoencoder overflows in float16; load it in bfloat16 or float32")
     return fill(vae, find(source, "vae"), key_names.of_vae(vae.state_dict(), vae.config), device, dtype)
@@ -226,7 +227,7 @@ def load_tuned(
         lora.load(unet, place)
         prepare(unet)
         return lora.base_and_tuned(unet)
-    width = {source: UNetConfig.from_dict(read_config(source)).context for source in (base, place)}
+    width = {source: unet_config(read_config(source)).context for source in (base, place)}
     if width[base] != width[place]:
         named = {unets.SDXL.context: "sdxl", unets.SD15.context: "sd15", unets.TINY.context: "tiny"}
         flag = named.get(width[place], "the folder that it was trained from")
@@ -287,7 +288,7 @@ def save_unet(
     if layout == "diffusers":
         tensors = {key: t.to("cpu", dtype) for key, t in unet.state_dict().items()}
         disk.write(Path(path) / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"} | (metadata or {}))
-        disk.write_text(Path(path) / "config.json", json.dumps(unet.config.to_dict(), indent=1) + "\n")
+        disk.write_text(Path(path) / "config.json", json.dumps(unet_dict(unet.config), indent=1) + "\n")
     elif layout == "single-file":
         if base is None:
             raise ValueError("a single file also holds an autoencoder and text encoders: say of which base")
@@ -300,7 +301,7 @@ def save_unet(
 
 def _configs(unet: UNet, base: str | Path) -> dict[str, dict]:
     components = ["vae", "text_encoder"] + ["text_encoder_2"] * bool(unet.config.pooled)
-    return {"unet": unet.config.to_dict()} | {name: read_config(base, name) for name in components}
+    return {"unet": unet_dict(unet.config)} | {name: read_config(base, name) for name in components}
 
 
 def single_file(unet: UNet, base: str | Path, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ import vae as vaes
 from combined import cfg, conditional
 from imagerefl import imagerefl_loss
 from pretrained import reward_networks
+from pretrained.configs import unet_dict, vae_dict
 from refl import LAST, refl_loss, sample_t_f
 from scheduler import Scheduler, denoise, sample_noise
 from speed import prepacked
@@ -118,11 +119,11 @@ def both(ours: Callable[[], nn.Module], theirs: type, config: dict, device: str)
 
 
 def both_unets(config: unets.UNetConfig, device: str) -> tuple[nn.Module, nn.Module]:
-    return both(lambda: unets.UNet(config), diffusers.UNet2DConditionModel, config.to_dict(), device)
+    return both(lambda: unets.UNet(config), diffusers.UNet2DConditionModel, unet_dict(config), device)
 
 
 def both_vaes(config: vaes.VAEConfig, device: str) -> tuple[nn.Module, nn.Module]:
-    return both(lambda: vaes.VAE(config), diffusers.AutoencoderKL, config.to_dict(), device)
+    return both(lambda: vaes.VAE(config), diffusers.AutoencoderKL, vae_dict(config), device)
 
 
 def lowered(pair: tuple[nn.Module, nn.Module], dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:

@@ -42,6 +42,7 @@ from triton.backends.compiler import GPUTarget
 
 import unet as unets
 import vae as vaes
+from pretrained.configs import unet_dict, vae_dict
 from speed.fused_upsample import fuse
 from training import cost
 
@@ -124,7 +125,7 @@ def counted(make: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor], 
 
 
 def their_unet() -> nn.Module:
-    network = UNet2DConditionModel.from_config(unets.SD15.to_dict())
+    network = UNet2DConditionModel.from_config(unet_dict(unets.SD15))
     network.fuse_qkv_projections()
     return network
 
@@ -146,7 +147,7 @@ def decode(network: nn.Module) -> Tensor:
 
 def main() -> None:
     pretend()
-    config = vaes.SD15.to_dict()
+    config = vae_dict(vaes.SD15)
     rows = {
         "UNet, ours as it trains": (unets.UNet, predict, False, {}),
         "UNet, ours": (lambda: fuse(unets.UNet()), predict, True, {}),

@@ -1,12 +1,9 @@
-"""The steps without gradients, three quarters of ReFL's arithmetic, on a copy of the UNet that is made for them.
+"""Run the no-grad denoising steps (3/4 of ReFL's FLOPs) on an inference-optimised copy of the UNet.
 
-On a GPU the copy is bf16. Under autocast each pass rounds the float32 weights again and normalises in float32; the copy
-is rounded once an update, runs wholly in bf16, and compiles to a graph that knows of no gradients. It predicts what
-autocast predicts, to the rounding of bf16. On a CPU the copy has the same weights, packed once an update for passes of
-many steps.
+On a GPU the copy is in bf16: autocast would round the float32 weights in every call and normalise in float32, whereas
+the copy is rounded once per update, runs entirely in bf16, and compiles to a graph without gradients. It predicts what
+autocast predicts, to the rounding of bf16. On a CPU the copy shares the weights, packed once per update.
 """
-
-import copy
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +13,15 @@ from speed import prepacked
 from speed.fused_upsample import fuse
 from utils import distributed
 
-UNPACKED_CALLS = (
-    9  # first calls of a pass, on a CPU: were they all, as in ImageReFL, packing would take more time than it saves
-)
+UNPACKED_CALLS = 9  # pack only after this many no-grad calls of a micro-batch: below, packing costs more than it saves
 
 
 class InferenceCopy:
-    """Stands for a UNet in the losses: `net` where gradients are recorded, the copy of `unet` elsewhere.
+    """A UNet as the losses call it: `net` for calls with gradients, the copy of `unet` for those without.
 
-    `net` is `unet` itself, or what it compiled to. `refresh` is called after each change of the weights. `dtype`: of
-    the copy; None for a packed one, which computes as `unet` does. `copied`: False for a UNet that is held in `dtype`
-    but for its adapters, which needs no copy.
+    `net` is `unet` itself or its compiled version. Call `refresh` after every change of the weights. `dtype`: of the
+    copy; None for a packed one, which computes in the UNet's own dtype. `copied=False`: for a UNet that is stored in
+    `dtype` except for its adapters, which needs no copy.
     """
 
     def __init__(
@@ -40,15 +35,18 @@ class InferenceCopy:
         self.net, self.unet, self.dtype, self.calls = net, unet, dtype, 0
         if dtype is None:
             self.copy = prepacked.packed_copy(unet)
+        elif copied:
+            self.copy = empty_like(unet, dtype)
+            self.refresh()
         else:
-            self.copy = fuse(copy.deepcopy(unet).to(dtype).requires_grad_(False)) if copied else unet
+            self.copy = unet
         if compiled and copied:
             prepacked.prepare_for_compile(self.copy)
         self.fast = torch.compile(self.copy, dynamic=False) if compiled else self.copy
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round the weights anew, into the same memory, or have them packed anew."""
+        """Copy the rounded weights again, into the same memory, or invalidate the packed ones."""
         if self.dtype is None:
             prepacked.invalidate(self.copy)
         elif self.copy is not self.unet:
@@ -59,10 +57,18 @@ class InferenceCopy:
     def __call__(self, x_t: Tensor, t: Tensor | int, context: Tensor, **conditioning: Tensor) -> Tensor:
         t = expand_timesteps(t, x_t)
         if torch.is_grad_enabled():
-            self.calls = 0  # the pass ends with it
+            self.calls = 0  # the last call of a micro-batch
             return self.net(x_t, t, context=context, **conditioning)
         if self.dtype is None:
             self.calls += 1
             return (self.unet if self.calls <= UNPACKED_CALLS else self.fast)(x_t, t, context, **conditioning)
         with torch.autocast(x_t.device.type, enabled=False):
             return self.fast(x_t, t, context.to(self.dtype), **conditioning)
+
+
+def empty_like(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A frozen UNet of the same config on the same device, uninitialised; unlike deepcopy also for sharded ones."""
+    with torch.device("meta"):
+        copy = type(unet)(unet.config)
+    device = next(unet.parameters()).device
+    return copy.to(dtype).to_empty(device=device).requires_grad_(False)

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import weights
+from pretrained.configs import vae_dict
 from unet import UNet, UNetConfig
 from utils import disk
 from vae import VAE, VAEConfig
@@ -51,7 +52,7 @@ def mini_base(folder: Path) -> str:
     weights.save_unet(filled(UNet(config)), folder / "unet")
     vae = filled(VAE(VAEConfig((4, 4, 4, 8), 1, 4, 1)))
     disk.write(folder / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict())
-    disk.write_text(folder / "vae" / "config.json", json.dumps(vae.config.to_dict()))
+    disk.write_text(folder / "vae" / "config.json", json.dumps(vae_dict(vae.config)))
     for name in ("text_encoder", "tokenizer"):
         (folder / name).symlink_to(TINY / name)
     return str(folder)

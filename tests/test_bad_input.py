@@ -16,12 +16,14 @@ import rewards
 import sample
 import train
 import weights
+from tiny import pretrain
 from training.presets import TUNED
 from utils import cli
 
 ROOT = Path(__file__).parent.parent
 CALL: dict[str, Callable[[list[str]], None]] = {
     "train": lambda argv: cli.run(train.main, train.parse_args(argv)),
+    "pretrain": lambda argv: cli.run(pretrain.main, pretrain.parse_args(argv)),
     "sample": lambda argv: cli.run(sample.main, sample.parse_args(argv)),
     "evaluate": lambda argv: cli.run(evaluate.main, evaluate.parse_args(argv)),
     "weights": lambda argv: cli.run(weights.main, weights.arguments(argv)),
@@ -43,9 +45,9 @@ CASES = [
     ("train", "--warmup -1", "--warmup"),
     ("train", "--weight-decay -0.1", "--weight-decay"),
     ("train", "--max-grad-norm nan", "--max-grad-norm"),
-    ("train", "--caption-dropout 2", "--caption-dropout"),
-    ("train", "--ema 1.5", "--ema"),
-    ("train", "--snr-gamma -5", "--snr-gamma"),
+    ("pretrain", "--caption-dropout 2", "--caption-dropout"),
+    ("pretrain", "--ema 1.5", "--ema"),
+    ("pretrain", "--snr-gamma -5", "--snr-gamma"),
     ("train", "--shift -1", "--shift"),
     ("train", "--seed -1", "--seed"),
     ("train", "--keep 0", "--keep"),
@@ -54,13 +56,16 @@ CASES = [
     ("train", "--reward-scale nan", "--reward-scale"),
     ("train", "--start 40", "--start 40"),
     ("train", "--device nowhere", "--device nowhere"),
-    ("train", "--lora 2 --init random", "--lora"),
+    ("pretrain", "--lora 2 --init random", "--lora"),
     ("train", "--ema 0.9", "--ema"),
-    ("train", "--method refl --cache-latents", "--cache-latents"),
-    ("train", "--resolution 60 --method diffusion --base {mini}", "--resolution 60"),
+    ("pretrain", "--lora 2 --ema 0.9", "--ema"),
+    ("pretrain", "--resume {bad}/reward_run", "python train.py --resume"),
+    ("train", "--resume {bad}/diffusion_run", "python tiny/pretrain.py --resume"),
+    ("train", "--resume {bad}/cached_run", "cached latents"),
+    ("pretrain", "--resolution 60 --base {mini}", "--resolution 60"),
     ("train", "--resolution 128", "the embedded images have 64 pixels"),
     ("train", "--monitor 5 --prompts {bad}/one.txt", "two or more"),
-    ("train", "--method diffusion --monitor 5", "--monitor"),
+    ("pretrain", "--monitor 5", "--monitor"),
     ("train", "--stop-on-collapse", "--stop-on-collapse"),
     ("train", "--dino nowhere", "--dino"),
     ("train", "--dino nowhere --monitor 5", "nowhere"),
@@ -72,7 +77,7 @@ CASES = [
     ("train", "--base {bad}/loop", "loop"),
     ("train", "--base {bad}/sd2", "an SD2 model"),
     ("train", "--base {bad}/v_prediction", "prediction_type v_prediction"),
-    ("train", "--method diffusion --base {bad}/cut", WEIGHTS),
+    ("pretrain", "--base {bad}/cut", WEIGHTS),
     ("train", "--reward beauty", "beauty"),
     ("train", "--reward pickscore", "yuvalkirstain/PickScore_v1"),
     ("train", "--reward tiny=x", "not a number"),
@@ -93,7 +98,7 @@ CASES = [
     ("train", "--data {bad}/coco.json", "no such folder"),
     ("train", "--data {bad}/coco_empty.json", "no annotations"),
     ("train", "--data {bad}/coco_null.json", "a caption is not a string"),
-    ("train", "--method diffusion --sample-every 0 --base {mini} --data {bad}/undecodable", "none of the 1 images"),
+    ("pretrain", "--sample-every 0 --base {mini} --data {bad}/undecodable", "none of the 1 images"),
     ("train", "--prompts nowhere.txt", "nowhere.txt"),
     ("train", "--prompts {bad}", "bad input"),
     ("train", "--prompts {bad}/blank.txt", "holds no prompt"),
@@ -102,7 +107,7 @@ CASES = [
     ("train", "--prompts {bad}/surrogate.json", "not valid Unicode"),
     # folders of train.py
     ("train", "--output-dir {bad}/blank.txt/run", "blank.txt: not a folder"),
-    ("train", "--output-dir {bad}/broken_run", "holds a run already"),
+    ("train", "--output-dir {bad}/broken_run", "already holds a run"),
     ("train", "--output-dir {bad}/loop/run", "loop"),
     ("train", "--resume nowhere", "nowhere"),
     ("train", "--resume {bad}/broken_run", "run.json is damaged"),
@@ -222,6 +227,9 @@ def bad(tmp_path_factory, mini):
         "broken_run/run.json": '{"args": {"ba',
         "empty_run/run.json": "{}",
         "old_run/run.json": '{"args": {"lr": 0.1, "steps": 3, "lr_schedule": "cosine"}}',
+        "reward_run/run.json": '{"args": {"lr": 0.1, "lr_schedule": "cosine", "method": "refl"}}',
+        "diffusion_run/run.json": '{"args": {"lr": 0.1, "lr_schedule": "cosine", "method": "diffusion"}}',
+        "cached_run/run.json": '{"args": {"lr_schedule": "cosine", "method": "imagerefl", "cache_latents": true}}',
         "cut/unet/config.json": config,
         f"cut/unet/{WEIGHTS}": unet[: len(unet) // 2],
         "html/config.json": config,
@@ -256,7 +264,7 @@ def test_bad_input_is_one_line_and_exit_code_2(command, flags, named, tmp_path, 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sys, "argv", [f"{command}.py"])
     argv = [word.format(bad=bad, mini=mini, out=tmp_path / "out", lone=LONE) for word in flags.split()]
-    if command in ("train", "sample", "evaluate") and "--output-dir" not in argv:
+    if command in ("train", "pretrain", "sample", "evaluate") and "--output-dir" not in argv:
         argv += ["--output-dir", str(tmp_path / "out")] * ("--resume" not in argv)
     if command == "sample":
         argv += [] if "--checkpoint" in argv else ["--checkpoint", f"{mini}/unet"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from recipe import rnd
 
-from combined import aig_weights, cfg, combine, combine_each, combined_weights, conditional
+from combined import aig_weights, cfg, combine, combined_weights, conditional
 from scheduler import Scheduler, denoise
 
 SCHEDULER = Scheduler(40)
@@ -88,17 +88,16 @@ def test_an_impossible_switch_is_named(switch):
         combined_weights(40, switch)
 
 
-def test_many_mixtures_at_once_are_each_alone_and_share_their_first_steps():
-    calls = []
+def test_the_base_model_takes_the_steps_with_t_above_t_prime():
+    """In the paper's countdown t = T, ..., 1; --switch 30 of 40 is T' = 10."""
+    T, T_prime = 40, 10
+    assert combined_weights(T, T - T_prime) == [0.0 if T - i > T_prime else 1.0 for i in range(T)]
 
-    def counted(name, unet):
-        return lambda x, t: calls.append(name) or unet(x, t, **CONDITIONING)
 
-    models = counted("base", base), counted("tuned", tuned)
-    mixtures = [combined_weights(40, 30), combined_weights(40, 10), aig_weights(40, 2), combined_weights(40, 40)]
-    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    together = combine_each(SCHEDULER, *models, mixtures, rnd("x", 2, 4, 8, 8), seeds)
-    assert (calls.count("base"), calls.count("tuned")) == (40 + 39, 10 + 30 + 39)  # AIG's first step is the base's
-    for mixture, x in zip(mixtures, together, strict=True):
-        seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-        assert torch.equal(x, combine(SCHEDULER, *models, mixture, rnd("x", 2, 4, 8, 8), seeds))
+def test_two_calls_over_parts_of_the_steps_are_one_over_all():
+    models, schedule = (conditional(base, CONDITIONING), conditional(tuned, CONDITIONING)), aig_weights(40)
+    generator, seen = torch.Generator().manual_seed(0), []
+    x = rnd("x", 2, 4, 8, 8)
+    for steps in (SCHEDULER.steps[:13], SCHEDULER.steps[13:]):
+        x = combine(SCHEDULER, *models, schedule, x, generator, steps, lambda: seen.append(1))
+    assert torch.equal(run(*models, schedule), x) and len(seen) == 40

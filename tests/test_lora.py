@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 import weights
 from combined import combine, combined_weights, conditional
 from pretrained import lora, weight_files
+from pretrained.configs import unet_config, unet_dict
 from scheduler import Scheduler
-from unet import UNet, UNetConfig
+from unet import UNet
 from utils import disk
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,7 @@ def blank(name: str) -> UNet:
     config = golden_config(name)
     config |= {"transformer_layers_per_block": [1, 2, 2]} if "sdxl" in name else {}
     with torch.device("meta"):
-        return UNet(UNetConfig.from_dict(config)).eval()
+        return UNet(unet_config(config)).eval()
 
 
 @functools.cache
@@ -177,7 +178,7 @@ def test_combined_generation_with_an_adapter_peaks_hardly_above_one_full_size_mo
         unet = UNet()
     tensors = {key: rnd(key, *t.shape).bfloat16() / 30 for key, t in unet.state_dict().items()}
     disk.write(base / "diffusion_pytorch_model.safetensors", tensors)
-    disk.write_text(base / "config.json", json.dumps(unet.config.to_dict()))
+    disk.write_text(base / "config.json", json.dumps(unet_dict(unet.config)))
     lora.add(unet, 16)
     pairs = {f"unet.{key}": rnd(key, *t.shape) / 30 for key, t in adapter_tensors(unet).items()}
     disk.write(run / weight_files.ADAPTER, pairs)

@@ -6,11 +6,10 @@ from recipe import filled, rnd
 
 import imagerefl
 import refl
-from combined import conditional as plain
-from diffusion import diffusion_loss, pretraining_loss
-from imagerefl import imagerefl_loss, is_refl_update
-from refl import refl_loss, reward_loss, sample_t_f
-from scheduler import Scheduler, denoise
+from combined import conditional
+from imagerefl import imagerefl_losses
+from refl import refl_loss, reward_loss, sample_t_f, score_latents
+from scheduler import Scheduler, denoise, diffusion_loss, sample_noise
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -49,29 +48,29 @@ def seeded(seed=0):
 
 
 def run_refl(unet, vae, seed=0):
-    return refl_loss(unet, vae, brightness, SCHEDULER, (2, 4, 4, 4), CONDITIONING, PROMPTS, seeded(seed))
+    generator = seeded(seed)
+    x_T = sample_noise((2, 4, 4, 4), generator)
+    return refl_loss(unet, vae, brightness, SCHEDULER, x_T, CONDITIONING, PROMPTS, generator)
 
 
-def run_imagerefl(unet, vae, seed=0, start=30, **scales):
+def run_imagerefl(unet, vae, seed=0):
+    """(reward loss, diffusion loss)"""
     x0 = rnd("x0", 2, 4, 4, 4)
-    return imagerefl_loss(unet, vae, brightness, SCHEDULER, x0, start, CONDITIONING, PROMPTS, seeded(seed), **scales)
+    return imagerefl_losses(unet, vae, brightness, SCHEDULER, x0, 30, CONDITIONING, PROMPTS, seeded(seed))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_exactly_one_call_of_refl_carries_gradients_and_it_is_the_last(unet, vae, seed):
-    loss, log = run_refl(unet, vae, seed)
-    loss.backward()
+    run_refl(unet, vae, seed).backward()
     timesteps, with_gradients = zip(*unet.calls, strict=True)
     assert list(timesteps) == SCHEDULER.timesteps[: len(timesteps)]
     assert with_gradients == (False,) * (len(timesteps) - 1) + (True,)
     assert 30 <= len(timesteps) - 1 <= 39
-    assert loss.item() == pytest.approx(-log["reward"].item())
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_exactly_two_calls_of_imagerefl_carry_gradients(unet, vae, seed):
-    loss, _ = run_imagerefl(unet, vae, seed)
-    loss.backward()
+    sum(run_imagerefl(unet, vae, seed)).backward()
     (t_start, diffusion_call), *rollout, (t_f, reward_call) = unet.calls
     visited = list(dict.fromkeys([t_start, *(t for t, _ in rollout), t_f]))
     assert visited == SCHEDULER.timesteps[30 : 30 + len(visited)] and len(rollout) == max(len(visited) - 2, 0)
@@ -84,7 +83,8 @@ def test_exactly_two_calls_of_imagerefl_carry_gradients(unet, vae, seed):
 def test_imagerefl_equals_its_equations_with_a_pass_for_each_prediction(unet, vae, monkeypatch, t_f):
     """The pass of the diffusion loss serves the first step without gradients too."""
     monkeypatch.setattr(imagerefl, "sample_t_f", lambda *_: t_f)
-    run_imagerefl(unet, vae)[0].backward()
+    l_reward, l_diffusion = run_imagerefl(unet, vae)
+    (1e-3 * l_reward + 1e-5 * l_diffusion).backward()
     ours = [p.grad for p in unet.parameters()]
     unet.zero_grad()
 
@@ -92,15 +92,14 @@ def test_imagerefl_equals_its_equations_with_a_pass_for_each_prediction(unet, va
     eps = torch.randn(2, 4, 4, 4, generator=generator)
     x_start = SCHEDULER.add_noise(rnd("x0", 2, 4, 4, 4), eps, 226)
     with torch.no_grad():
-        x_t = denoise(SCHEDULER, plain(unet, CONDITIONING), x_start, range(30, t_f), generator)
-    loss = 1e-3 * reward_loss(unet, vae, brightness, SCHEDULER, x_t, t_f, CONDITIONING, PROMPTS, generator)[0]
+        x_t = denoise(SCHEDULER, conditional(unet, CONDITIONING), x_start, range(30, t_f), generator)
+    loss = 1e-3 * reward_loss(unet, vae, brightness, SCHEDULER, x_t, t_f, CONDITIONING, PROMPTS, generator)
     (loss + 1e-5 * (unet(x_start, 226, **CONDITIONING) - eps).square().mean()).backward()
     assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-9) for a, p in zip(ours, unet.parameters(), strict=True))
 
 
 def test_frozen_networks_get_no_gradient_and_every_trained_weight_gets_one(unet, vae):
-    loss, _ = run_imagerefl(unet, vae)
-    loss.backward()
+    sum(run_imagerefl(unet, vae)).backward()
     assert all(p.grad is None for p in vae.parameters())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
 
@@ -119,7 +118,7 @@ def test_refl_gradient_equals_finite_differences(unet, vae):
     x_t, weight = rnd("x_t", 2, 4, 4, 4).double(), unet.conv_out.bias
 
     def value():
-        return reward_loss(unet, vae, brightness, SCHEDULER, x_t, 35, conditioning, PROMPTS, seeded())[0]
+        return reward_loss(unet, vae, brightness, SCHEDULER, x_t, 35, conditioning, PROMPTS, seeded())
 
     value().backward()
     with torch.no_grad():
@@ -146,33 +145,28 @@ def test_t_f_equal_to_t_start_takes_no_step_before_the_one_with_gradients(unet, 
     assert unet.calls == [(226, True), (226, True)]
 
 
-def test_imagerefl_loss_is_the_scaled_sum_of_eqs_4_and_5(unet, vae):
-    loss, log = run_imagerefl(unet, vae, reward_scale=1e-3, diffusion_scale=1e-5)
-    expected = -1e-3 * log["reward"] + 1e-5 * log["diffusion"]
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+@pytest.mark.parametrize("t_f", [30, 33])
+def test_the_losses_are_unscaled(unet, vae, monkeypatch, t_f):
+    """Eq. (4) is the negative mean reward of the predicted image, Eq. (5) the mean squared error at t'."""
+    monkeypatch.setattr(imagerefl, "sample_t_f", lambda *_: t_f)
+    rewards = []
 
+    def reward(images, prompts):
+        rewards.append(brightness(images, prompts))
+        return rewards[-1]
 
-def test_every_fourth_update_is_one_of_refl():
-    assert [is_refl_update(i) for i in range(8)] == [False, False, False, True] * 2
+    x0, generator = rnd("x0", 2, 4, 4, 4), seeded()
+    losses = imagerefl_losses(unet, vae, reward, SCHEDULER, x0, 30, CONDITIONING, PROMPTS, generator)
+    eps = torch.randn(2, 4, 4, 4, generator=seeded())
+    predicted = unet(SCHEDULER.add_noise(x0, eps, 226), 226, **CONDITIONING)
+    assert losses[0].item() == pytest.approx(-rewards[0].mean().item())
+    assert losses[1].item() == pytest.approx((predicted - eps).square().mean().item(), rel=1e-5)
 
 
 def test_diffusion_loss_is_the_mean_squared_error_of_the_noise():
     eps = rnd("eps", 3, 4, 8, 8)
     loss = diffusion_loss(torch.zeros_like(eps), eps)
     assert torch.allclose(loss, eps.square().mean((1, 2, 3)))
-
-
-def test_min_snr_weighs_clean_timesteps_less():
-    def zero(x, t):
-        return torch.zeros_like(x)
-
-    x0 = torch.zeros(4096, 1, 2, 2)
-    plain, log = pretraining_loss(zero, SCHEDULER, x0, {}, seeded())
-    weighted, _ = pretraining_loss(zero, SCHEDULER, x0, {}, seeded(), snr_gamma=5.0)
-    snr = SCHEDULER.abar / (1 - SCHEDULER.abar)
-    expected = (5.0 / snr).clamp(max=1).mean().item()  # the squared error of predicting no noise is 1
-    assert plain.item() == pytest.approx(1, abs=0.05) and log["diffusion"].item() == pytest.approx(plain.item())
-    assert weighted.item() == pytest.approx(expected, abs=0.05)
 
 
 def test_the_reward_sees_the_decoded_predicted_image(unet, vae):
@@ -192,10 +186,10 @@ def test_the_reward_sees_the_decoded_predicted_image(unet, vae):
 
 def test_refl_depends_on_its_generator_alone(unet, vae):
     torch.manual_seed(1)
-    first = run_refl(unet, vae, seed=5)[0]
+    first = run_refl(unet, vae, seed=5)
     torch.manual_seed(2)
-    assert torch.equal(first, run_refl(unet, vae, seed=5)[0])
-    assert refl.LAST == 10
+    assert torch.equal(first, run_refl(unet, vae, seed=5))
+    assert refl.T_MAX == 10
 
 
 def test_latents_stay_float32_under_autocast(unet, vae, monkeypatch):
@@ -204,7 +198,7 @@ def test_latents_stay_float32_under_autocast(unet, vae, monkeypatch):
     monkeypatch.setattr(imagerefl, "sample_t_f", lambda *_: 33)
     with torch.autocast("cpu", torch.bfloat16):
         x0 = vae.sample(rnd("image", 2, 3, 8, 8), seeded())
-        imagerefl_loss(unet, vae, brightness, SCHEDULER, x0, 30, CONDITIONING, PROMPTS, seeded())
+        imagerefl_losses(unet, vae, brightness, SCHEDULER, x0, 30, CONDITIONING, PROMPTS, seeded())
     assert x0.dtype == seen[0].dtype == torch.float32
 
 
@@ -221,3 +215,12 @@ def test_shifted_images_are_moved_within_bounds_and_keep_their_edges():
         y, x = fits[0]
         assert torch.equal(other[:, :y, x:], image[:, :1, : 16 - x].expand(-1, y, -1))
     assert len(offsets) > 15
+
+
+def test_scores_of_latents_are_those_of_the_decoded_images(vae):
+    x0 = rnd("x0", 2, 4, 4, 4)
+    with torch.no_grad():
+        expected = brightness(vae.decode(x0), PROMPTS)
+        assert torch.equal(score_latents(vae, brightness, x0, PROMPTS), expected)
+        shifted = score_latents(vae, brightness, x0, PROMPTS, seeded(), max_shift=4)
+    assert not torch.equal(shifted, expected) and torch.allclose(shifted, expected, atol=0.5)

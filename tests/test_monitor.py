@@ -41,37 +41,51 @@ def test_does_not_warn_within_the_error():
 def test_works_without_a_judge():
     first, now = ({k: v for k, v in s.items() if k != "judge"} for s in (FIRST, look(0.8, 0.5, 0.1)))
     assert monitor.overfits(monitor.changes(first, now))
-    assert "judge" not in monitor.line(monitor.changes(first, now))
+    assert "judge" not in monitor.describe(monitor.changes(first, now))
 
 
-def test_images_are_scored_as_they_come_and_a_prompt_that_stands_twice_is_two(monkeypatch):
+def run_of(models, prompts) -> SimpleNamespace:
+    args = SimpleNamespace(batch_size=2, device="cpu", dtype="float32", compile=True)
+    return SimpleNamespace(args=args, models=models, prompts=prompts, size=(4, 4), guidance=2.0, cached_images={})
+
+
+def test_scores_follow_the_images_and_a_prompt_that_stands_twice_counts_twice(monkeypatch):
     prompts, images = ["fox", "fox", "owl"], torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(monitor, "images_of", lambda *_: ([part, -part] for part in images.split(5)))
-    asked = []
+    batches, asked = iter(images.split(4)), []
 
-    def reward(part, said):
-        asked.append(said)
+    def generate_each(base, tuned, vae, text, scheduler, schedules, prompts, seeds, size, guidance):
+        assert seeds == [0, 1, 2, 3] and [w[0] for w in schedules] == [0.0, 1.0]
+        part = next(batches)
+        return [part, -part]
+
+    def reward(part, prompts):
+        asked.append(prompts)
         return part.mean((1, 2, 3))
 
+    monkeypatch.setattr(monitor, "generate_each", generate_each)
     m = SimpleNamespace(reward=reward, judge=None, features=lambda part: part.flatten(1))
-    scores, negative = monitor.scores_of(None, m, None, prompts, [40, 0])
-    assert asked[::2] == asked[1::2] == [["fox"] * 5, ["fox"] * 3 + ["owl"] * 2, ["owl"] * 2]
+    m.base = m.tuned = m.vae = m.text = None
+    scores, negative = monitor.evaluate(run_of(m, prompts), [40, 0])
+    assert asked[::2] == asked[1::2] == [["fox"] * 4, ["fox"] * 4, ["owl"] * 4]
     assert torch.equal(scores["reward"], images.mean((1, 2, 3)))
     assert torch.equal(negative["reward"], -scores["reward"])
     each = [metrics.group_diversity(part.flatten(1), [0] * 4).item() for part in images.split(4)]
     assert scores["diversity"].tolist() == pytest.approx(each)
+    table = monitor.summarise([scores], ["base"])["base"]["reward"]
+    assert table == pytest.approx([images.mean((1, 2, 3)).mean().item(), images.mean((1, 2, 3)).std().item()])
 
 
-def test_the_base_is_drawn_once_for_all_grids(monkeypatch, tmp_path):
-    drawn = []
+def test_the_base_model_is_sampled_once_for_all_grids(monkeypatch, tmp_path):
+    sampled = []
 
-    def images_of(args, m, row, prompts, count, switches):
-        drawn.extend(switches)
-        yield [torch.zeros(count * len(prompts), 3, 8, 8) for _ in switches]
+    def generate_each(base, tuned, vae, text, scheduler, schedules, prompts, *rest):
+        sampled.append(schedules[0].count(0.0))
+        return [torch.zeros(len(prompts), 3, 8, 8)]
 
-    monkeypatch.setattr(monitor, "images_of", images_of)
-    m = SimpleNamespace(shown={})
+    monkeypatch.setattr(monitor, "generate_each", generate_each)
+    run = run_of(SimpleNamespace(base=None, tuned=None, vae=None, text=None), ["fox", "owl"])
+    run.grid_columns = {"base": (2, 40), "tuned": (2, 0)}
     for name in ("a.png", "b.png"):
-        monitor.show(SimpleNamespace(method="refl"), m, None, ["fox", "owl"], tmp_path / name)
-    assert drawn == [40, 0, 0]
+        monitor.save_grid(run, tmp_path / name)
+    assert sampled == [40, 0, 0]
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

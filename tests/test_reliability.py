@@ -24,8 +24,10 @@ import refl
 import rewards
 import train
 import weights
-from scheduler import Scheduler
-from training import checkpoint, monitor
+from tiny import pretrain
+from training import checkpoint, models, monitor
+from training import run as training_run
+from training.run import Run
 from utils import cli, disk, distributed
 
 ROOT = Path(__file__).parent.parent
@@ -40,21 +42,51 @@ def mini(tmp_path_factory):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """12 steps instead of 40, frozen networks read once, and no pictures and tables before and after."""
-    monkeypatch.setattr(train.rewards, "build", build)
-    monkeypatch.setattr(train.weights, "load_text", load_text)
-    monkeypatch.setattr(train, "SCHEDULER", Scheduler(12))
-    monkeypatch.setattr(monitor, "images_of", lambda *_: None)
-    monkeypatch.setattr(monitor, "measure", lambda *_: {"base": {"reward": [0.0, 0.0]}})
+    """12 steps instead of 40, frozen networks loaded once, and no sample images before and after."""
+    monkeypatch.setattr(rewards, "build", build)
+    monkeypatch.setattr(models, "load_text", load_text)
+    monkeypatch.setattr(train, "STEPS", 12)
+    monkeypatch.setattr(monitor, "save_grid", lambda *_: None)
+    monkeypatch.setattr(monitor, "evaluate", lambda *_: None)
+    monkeypatch.setattr(monitor, "summarise", lambda *_: {"base": {"reward": [0.0, 0.0]}})
 
 
 def begin(mini, folder, *flags: str) -> None:
-    flags = [*ONE, "--base", mini, "--start", "9", "--reward", "tiny", "--output-dir", str(folder), *flags]
-    train.main(train.parse_args(flags))
+    """Start a run; `diffusion` stands for tiny/pretrain.py, the fastest one."""
+    flags = [*ONE, "--base", mini, "--output-dir", str(folder), *flags]
+    if "diffusion" in flags:
+        flags = [flag for flag in flags if flag not in ("--method", "diffusion")]
+        return pretrain.main(pretrain.parse_args(flags))
+    train.main(train.parse_args(["--start", "9", "--reward", "tiny", *flags]))
 
 
 def resume(folder, *flags: str) -> None:
-    train.main(train.parse_args(["--resume", str(folder), *flags]))
+    method = json.loads((folder / "run.json").read_text())["args"]["method"]
+    command = pretrain if method == "diffusion" else train
+    command.main(command.parse_args(["--resume", str(folder), *flags]))
+
+
+def around_loss(monkeypatch, before=lambda update: None, after=lambda update, loss: loss) -> None:
+    """Call `before` before every loss of an update, and `after` with every loss, which it may change."""
+    current, micro_batches = [], Run.micro_batches
+
+    def recorded(run, update):
+        current[:] = [update]
+        yield from micro_batches(run, update)
+
+    def wrapped(loss_function):
+        def loss(*args):
+            before(current[0])
+            result = loss_function(*args)
+            if isinstance(result, tuple):
+                return after(current[0], result[0]), *result[1:]
+            return after(current[0], result)
+
+        return loss
+
+    monkeypatch.setattr(Run, "micro_batches", recorded)
+    for module, name in ((train, "refl_loss"), (train, "imagerefl_losses"), (pretrain, "pretraining_loss")):
+        monkeypatch.setattr(module, name, wrapped(getattr(module, name)))
 
 
 def log_of(folder) -> list[dict]:
@@ -108,13 +140,13 @@ def test_a_run_goes_on_to_the_bit(flags, mini, tmp_path, fast):
 
 
 def test_no_image_is_taken_twice_in_an_epoch_also_after_a_resumption(mini, tmp_path, fast, monkeypatch):
-    seen, next_batch = [], train.next_batch
+    seen, batch = [], Run.batch
 
-    def recorded(args, m, stream, *rest):
-        seen.extend(range(stream.position, stream.position + args.batch_size))
-        return next_batch(args, m, stream, *rest)
+    def recorded(run, generator):
+        seen.extend(range(run.stream.position, run.stream.position + run.args.batch_size))
+        return batch(run, generator)
 
-    monkeypatch.setattr(train, "next_batch", recorded)
+    monkeypatch.setattr(Run, "batch", recorded)
     begin(mini, tmp_path / "run", "--method", "diffusion", "--accumulate", "2", "--steps", "2")
     resume(tmp_path / "run", "--steps", "3")
     assert seen == list(range(3 * 2 * 2))
@@ -124,25 +156,19 @@ def test_no_image_is_taken_twice_in_an_epoch_also_after_a_resumption(mini, tmp_p
 def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(number, mini, tmp_path, fast, monkeypatch, capsys):
     flags, before = ["--method", "diffusion", "--steps", "3", "--lr-schedule", "cosine"], signal.getsignal(number)
     begin(mini, tmp_path / "whole", *flags)
-    loss_of = train.loss_of
-    monkeypatch.setattr(train, "loss_of", lambda *a: (a[4] == 1 and os.kill(os.getpid(), number), loss_of(*a))[1])
-    begin(mini, tmp_path / "stopped", *flags)
+    with monkeypatch.context() as patch:
+        around_loss(patch, lambda update: update == 1 and os.kill(os.getpid(), number))
+        patch.setattr(sys, "argv", ["somewhere/train.py"])
+        begin(mini, tmp_path / "stopped", *flags)
     out = capsys.readouterr().out
-    assert f"stopped after update 2; go on with: python train.py --resume {tmp_path / 'stopped'}" in out
-    monkeypatch.setattr(train, "loss_of", loss_of)
+    assert f"stopped after update 2 and saved; continue with: python train.py --resume {tmp_path / 'stopped'}" in out
     resume(tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     assert signal.getsignal(number) is before
 
 
 def test_a_second_signal_stops_at_once(mini, tmp_path, fast, monkeypatch):
-    def twice(args, m, x0, prompts, update, generator):
-        for _ in range(2 * (update == 1)):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss_of(args, m, x0, prompts, update, generator)
-
-    loss_of = train.loss_of
-    monkeypatch.setattr(train, "loss_of", twice)
+    around_loss(monkeypatch, lambda update: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2 * (update == 1))])
     with pytest.raises(SystemExit) as exit:
         begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "3", "--save-every", "1")
     assert exit.value.code == 128 + signal.SIGTERM and newest(tmp_path / "run").stem == "step-000001"
@@ -211,12 +237,15 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_weights(kills, mini, tm
 
 
 def test_the_average_of_the_weights_does_not_remember_how_it_came_about(mini, tmp_path, fast, monkeypatch):
-    seen, save_result = [], train.run_folder.save_result
-    monkeypatch.setattr(
-        train.run_folder, "save_result", lambda args, m, *rest: seen.append(m) or save_result(args, m, *rest)
-    )
+    seen, save_result = [], training_run.run_folder.save_result
+
+    def recorded(args, unet, *rest):
+        seen.append(unet)
+        save_result(args, unet, *rest)
+
+    monkeypatch.setattr(training_run.run_folder, "save_result", recorded)
     begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "2", "--ema", "0.9")
-    assert not any(p.requires_grad or p.grad_fn for p in seen[0].ema.parameters())
+    assert not any(p.requires_grad or p.grad_fn for p in seen[0].parameters())
 
 
 # ------------------------------------------------------------------------------------------------ states
@@ -278,17 +307,15 @@ def full(monkeypatch) -> None:
 
 
 def test_a_full_disk_leaves_the_state_before_and_training_goes_on(mini, tmp_path, fast, monkeypatch, capsys):
-    loss_of = train.loss_of
-    monkeypatch.setattr(train, "loss_of", lambda *a: (a[4] == 1 and full(monkeypatch), loss_of(*a))[1])
+    around_loss(monkeypatch, lambda update: update == 1 and full(monkeypatch))
     with pytest.raises(OSError) as caught:
         begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "3", "--save-every", "1")
     assert "step-000003" in caught.value.filename and "GB needed" in caught.value.strerror
     error = capsys.readouterr().err
-    assert "not saved, training goes on" in error and "step-000002" in error
+    assert "not saved, training continues" in error and "step-000002" in error
     assert checkpoint.read(newest(tmp_path / "run"))[1]["update"] == 1 and not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
-    monkeypatch.setattr(train, "SCHEDULER", Scheduler(12))
-    resume(tmp_path / "run")
+    resume(tmp_path / "run", "--sample-every", "0")
     assert [row["update"] for row in log_of(tmp_path / "run")] == [1, 2, 3]
 
 
@@ -325,13 +352,7 @@ def test_a_state_is_saved_after_minutes(mini, tmp_path, fast):
 
 def broken(monkeypatch, updates, value: float = float("nan")) -> None:
     """Make the loss of some updates not finite."""
-    loss_of = train.loss_of
-
-    def broken_loss(args, m, x0, prompts, update, generator):
-        loss, log = loss_of(args, m, x0, prompts, update, generator)
-        return (loss * value if update in updates else loss), log
-
-    monkeypatch.setattr(train, "loss_of", broken_loss)
+    around_loss(monkeypatch, after=lambda update, loss: loss * value if update in updates else loss)
 
 
 def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(mini, tmp_path, fast, monkeypatch, capsys):
@@ -347,7 +368,7 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(mini, tmp_pa
 
 
 def test_after_many_skips_in_a_row_the_run_stops_with_advice(mini, tmp_path, fast, monkeypatch):
-    monkeypatch.setattr(train, "SKIPS", 2)
+    monkeypatch.setattr(training_run, "SKIPS", 2)
     broken(monkeypatch, {1, 3, 4}, float("inf"))
     with pytest.raises(ValueError, match="2 updates in a row .* lower --lr.*--resume"):
         begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "9")
@@ -358,11 +379,12 @@ def test_after_many_skips_in_a_row_the_run_stops_with_advice(mini, tmp_path, fas
 
 
 def test_out_of_memory_is_one_line_with_what_to_try(mini, tmp_path, fast, monkeypatch):
-    monkeypatch.setattr(train, "loss_of", lambda *_: torch.empty(2**50))
-    with pytest.raises(ValueError, match="out of memory at 2 images of 64 pixels a pass, peak .* GB") as caught:
+    monkeypatch.setattr(pretrain, "pretraining_loss", lambda *_: torch.empty(2**50))
+    message = "out of memory with micro-batches of 2 images of 64 pixels, peak .* GB"
+    with pytest.raises(ValueError, match=message) as caught:
         begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "1")
     assert "--batch-size 1 --accumulate 2, --checkpointing, --lora 16" in str(caught.value)
-    monkeypatch.setattr(train, "loss_of", lambda *_: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(pretrain, "pretraining_loss", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):  # another error is not mistaken for it
         begin(mini, tmp_path / "other", "--method", "diffusion", "--steps", "1")
 
@@ -392,10 +414,9 @@ def free_port() -> str:
 def member(rank: int, port: str, errors: Path, mini, folder, flags: list[str], dies: bool) -> None:
     """One of two processes, as torchrun would start it."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
-    distributed.rank, distributed.world_size, train.FIRST = rank, 2, rank == 0
+    distributed.rank, distributed.world_size = rank, 2
     if dies and rank == 1:
-        loss_of = train.loss_of
-        train.loss_of = lambda *a: os._exit(7) if a[4] == 1 else loss_of(*a)
+        around_loss(pytest.MonkeyPatch(), lambda update: update == 1 and os._exit(7))
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.stderr = open(2, "w", closefd=False)
     cli.run(lambda _: begin(mini, folder, *flags), None)
@@ -446,29 +467,35 @@ def test_two_processes_make_the_updates_of_one(flags, mini, tmp_path, fast):
     [
         ["--method", "imagerefl", "--max-grad-norm", "0.001"],
         ["--method", "imagerefl", "--checkpointing"],
-        ["--method", "diffusion", "--accumulate", "4"],
+        ["--method", "refl", "--accumulate", "4"],
     ],
     ids=lambda flags: " ".join(flags[1:]),
 )
 def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, fast, monkeypatch):
     """Two updates by two processes with --shard, one by a single process, and one with --shard again."""
-    update_weights, draw_step, drawn = train.update_weights, refl.sample_t_f, []
+    update, draw_step, drawn = Run.after, refl.sample_t_f, []
 
     def draw(*rest):
         drawn.append(draw_step(*rest))
         return drawn[-1]
 
-    def watched(args, m, optimizer, update, values):
-        kept = {"weights": m.parameters, "gradients": [p.grad for p in m.parameters]}
-        kept = {key: [t.to_local() if args.shard else t for t in tensors] for key, tensors in kept.items()}
-        seen = {key: sum(t.nbytes for t in tensors) for key, tensors in kept.items()} | {"drawn": drawn}
-        taken = update_weights(args, m, optimizer, update, values)
-        moments = [t for moments in optimizer.state.values() for key, t in moments.items() if key != "step"]
-        seen["moments"] = sum(t.to_local().nbytes if args.shard else t.nbytes for t in moments)
-        (tmp_path / f"seen-{distributed.world_size}-{distributed.rank}.json").write_text(json.dumps(seen))
-        return taken
+    def watched_gradients(run):
+        gradients = [p.grad for p in run.models.parameters]
+        run.gradient_bytes = sum(t.to_local().nbytes if run.args.shard else t.nbytes for t in gradients)
+        return finite(run)
 
-    monkeypatch.setattr(train, "update_weights", watched)
+    def watched(run, number, optimizer):
+        moments = [t for moments in optimizer.state.values() for key, t in moments.items() if key != "step"]
+        kept = {"weights": run.models.parameters, "moments": moments}
+        kept = {key: [t.to_local() if run.args.shard else t for t in tensors] for key, tensors in kept.items()}
+        seen = {key: sum(t.nbytes for t in tensors) for key, tensors in kept.items()} | {"drawn": drawn}
+        seen["gradients"] = run.gradient_bytes
+        (tmp_path / f"seen-{distributed.world_size}-{distributed.rank}.json").write_text(json.dumps(seen))
+        return update(run, number, optimizer)
+
+    finite = Run.gradients_are_finite
+    monkeypatch.setattr(Run, "gradients_are_finite", watched_gradients)
+    monkeypatch.setattr(Run, "after", watched)
     monkeypatch.setattr(imagerefl, "sample_t_f", draw)
     monkeypatch.setattr(refl, "sample_t_f", draw)
     two = tmp_path / "two"
@@ -479,7 +506,7 @@ def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, f
     begin(mini, tmp_path / "one", *flags, "4")
 
     whole, *parts = (json.loads((tmp_path / f"seen-{n}.json").read_text()) for n in ("1-0", "2-0", "2-1"))
-    assert "diffusion" in flags or parts[0].pop("drawn") != parts[1].pop("drawn")  # as many steps as each one draws
+    assert parts[0].pop("drawn") != parts[1].pop("drawn")  # as many steps as each one draws
     for part in parts:
         for key in ("weights", "gradients", "moments"):
             assert 0.45 * whole[key] < part[key] < 0.55 * whole[key], key
@@ -499,15 +526,16 @@ def test_what_does_not_go_with_shard_is_refused(mini, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--shard spreads .*: torchrun"):
         begin(mini, tmp_path, "--shard")
     monkeypatch.setattr(distributed, "world_size", 2)
-    for flag in (["--lora", "2"], ["--compile"], ["--plan"], ["--ema", "0.9", "--method", "diffusion"]):
-        with pytest.raises(ValueError, match=f"{flag[0]} does not go with --shard"):
+    for flag in (["--lora", "2"], ["--compile"], ["--plan"]):
+        with pytest.raises(ValueError, match=f"{flag[0]} cannot be combined with --shard"):
             begin(mini, tmp_path, "--shard", *flag)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", [[], pytest.param(["--shard"], marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_the_others(flags, mini, tmp_path, fast):
-    flags = ["--method", "diffusion", "--steps", "3", "--accumulate", "2", "--save-every", "1", *flags]
+    method = "imagerefl" if flags else "diffusion"
+    flags = ["--method", method, "--steps", "3", "--accumulate", "2", "--save-every", "1", *flags]
     assert two_processes(tmp_path, mini, flags, dies=True) == [2, 7]
     assert "process 0 of 2: another one is gone" in (tmp_path / "0.txt").read_text()
     assert newest(tmp_path / "two").stem == "step-000001"
@@ -515,11 +543,11 @@ def test_a_process_that_dies_ends_the_others(flags, mini, tmp_path, fast):
 
 @pytest.mark.slow
 def test_torchrun_trains_and_ends_with_a_killed_process(mini, tmp_path):
-    flags = ["--base", mini, "--method", "diffusion", "--steps", "3", "--accumulate", "2", *ONE]
+    flags = ["--base", mini, "--steps", "3", "--accumulate", "2", *ONE]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    command += [str(ROOT / "train.py"), *flags]
+    command += [str(ROOT / "tiny" / "pretrain.py"), *flags]
     subprocess.run([*command, "--output-dir", str(tmp_path / "two")], check=True, timeout=600, cwd=tmp_path)
-    begin(mini, tmp_path / "one", *flags[2:])
+    begin(mini, tmp_path / "one", "--method", "diffusion", *flags[2:])
     one, two = (numbers(timeless(tmp_path / name)[-1]) for name in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-4)
     long = subprocess.Popen(
@@ -535,7 +563,7 @@ def test_torchrun_trains_and_ends_with_a_killed_process(mini, tmp_path):
 
 def test_passes_that_cannot_be_shared_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", 8)
-    with pytest.raises(ValueError, match="--accumulate 4: 8 .*; --batch-size 4 --accumulate 8 is as many images"):
+    with pytest.raises(ValueError, match="--accumulate 4: .* 8 .*; --batch-size 4 --accumulate 8 has the same"):
         distributed.check_divisible(8, 4)
     distributed.check_divisible(4, 8)
     monkeypatch.setattr(distributed, "rank", 3)
@@ -546,5 +574,5 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(ValueError, match="only 2 GPUs here; --nproc-per-node 2"):
+    with pytest.raises(ValueError, match="only 2 GPUs here; use --nproc-per-node 2"):
         distributed.set_device()

@@ -13,6 +13,7 @@ from recipe import mini_base
 
 import sample
 import weights
+from utils import device
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,16 +59,16 @@ def test_every_switch_gives_the_same_image_when_the_base_is_the_tuned_model(tmp_
     assert images[0] == images[1] == images[2]
 
 
-def test_what_is_drawn_is_written_before_the_next_is_begun(tmp_path, run, base_unet, monkeypatch):
-    monkeypatch.setattr(sample, "TOGETHER", 1)
-    monkeypatch.setattr(sample, "GRID", 1)
-    there = []
+def test_each_group_is_written_before_the_next_one_starts(tmp_path, run, base_unet, monkeypatch):
+    monkeypatch.setattr(sample, "GROUP", 1)
+    monkeypatch.setattr(sample, "GRID_PROMPTS", 1)
+    there, initial_noise = [], sample.initial_noise
 
-    def generate(*arguments):
+    def recorded(*arguments):
         there.append(len(list(tmp_path.glob("*.png"))))
-        return torch.zeros(len(arguments[6]), 3, 64, 64)
+        return initial_noise(*arguments)
 
-    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(sample, "initial_noise", recorded)
     prompts = ["--prompt", "octopus", "--prompt", "fox", "--prompt", "owl"]
     flags = ["--checkpoint", base_unet, "--images-per-prompt", "2", "--batch-size", "2", "--output-dir", str(tmp_path)]
     run(*prompts, *flags)
@@ -75,27 +76,28 @@ def test_what_is_drawn_is_written_before_the_next_is_begun(tmp_path, run, base_u
     assert Image.open(tmp_path / "grid.png").height < 2 * 128  # the first prompt alone
 
 
-@pytest.mark.parametrize("flags, passes", [(["--switch", "2"], 2 * 4), (["--aig", "1"], 2 * (1 + 3 * 2))])
-def test_progress_is_told_after_each_pass(flags, passes, tmp_path, run, base_unet, capsys, monkeypatch):
-    """Two batches, four steps; AIG asks both models in all but the first."""
+@pytest.mark.parametrize("flags", [["--switch", "2"], ["--aig", "1"]])
+def test_progress_counts_every_step_of_every_batch(flags, tmp_path, run, base_unet, capsys, monkeypatch):
+    """Two batches, four steps."""
     monkeypatch.setattr(sample, "tqdm", functools.partial(sample.tqdm, mininterval=0))
     images = ["--prompt", "octopus", "--images-per-prompt", "3", "--batch-size", "2"]
     run("--checkpoint", base_unet, *images, *flags, "--output-dir", str(tmp_path))
-    told = capsys.readouterr().err
-    assert all(f"| {done}/{passes} [" in told for done in range(passes + 1))
+    progress = capsys.readouterr().err
+    assert all(f"| {done}/8 [" in progress for done in range(9))
 
 
 def test_networks_in_bf16_as_on_a_gpu_sample_without_autocast(tmp_path, run, base_unet, monkeypatch):
     """Their pictures differ from those of float32 by rounding alone."""
-    generate = sample.generate
+    combine = sample.combine
     for name in ("float32", "bfloat16"):
-        monkeypatch.setattr(sample.cli, "stored", lambda args, name=name: getattr(torch, name))
+        monkeypatch.setattr(sample, "frozen_dtype", lambda args, name=name: getattr(torch, name))
+        monkeypatch.setattr(device, "frozen_dtype", lambda args, name=name: getattr(torch, name))
 
         def checked(*a):
             assert not torch.is_autocast_enabled("cpu")
-            return generate(*a)
+            return combine(*a)
 
-        monkeypatch.setattr(sample, "generate", checked)
+        monkeypatch.setattr(sample, "combine", checked)
         flags = ["--checkpoint", base_unet, "--switch", "2", "--images-per-prompt", "1", "--dtype", name]
         run("--prompt", "octopus", *flags, "--output-dir", str(tmp_path / name))
     float32, bf16 = (
@@ -110,12 +112,12 @@ def test_the_switch_of_a_method_is_the_papers(method, switch, tmp_path, mini, mo
     header = {"method": method, "base": mini} if method else {}
     unet, used = tmp_path / "unet", []
     weights.save_unet(weights.load_unet(mini), unet, metadata=header)
-    monkeypatch.setattr(sample, "generate", lambda *a: used.append(a[5]) or torch.zeros(len(a[6]), 3, 64, 64))
+    monkeypatch.setattr(sample, "combine", lambda *a: used.append(a[3]) or a[4])
     for steps in (40, 20):
         flags = ["--checkpoint", str(unet), "--prompt", "fox", "--output-dir", str(tmp_path / "o")]
         flags += [] if method else ["--base", mini]
         sample.main(sample.parse_args([*flags, "--steps", str(steps)]))
-    assert [mixture.index(1.0) for mixture in used] == [switch, switch // 2]
+    assert [schedule.index(1.0) for schedule in used[::2]] == [switch, switch // 2]  # two phases each
 
 
 def test_the_noise_of_an_image_follows_from_its_seed(tmp_path, run, base_unet):

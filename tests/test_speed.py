@@ -4,20 +4,26 @@ import copy
 import platform
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from recipe import filled, golden, golden_config, rnd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import rewards
+import sample
+import speed
 import train
 import weights
-from combined import combined_weights, generate
+import weights as loading
 from pretrained import lora
+from pretrained.configs import unet_config
 from refl import refl_loss
-from scheduler import Scheduler
+from scheduler import Scheduler, sample_noise
 from speed import inference_copy, prepacked
 from speed.inference_copy import UNPACKED_CALLS, InferenceCopy
 from training import cost, monitor
@@ -48,9 +54,15 @@ def vae():
     return filled(VAE(SMALL_VAE)).requires_grad_(False)
 
 
+def loss_of(net, vae, seed: int = 0, text: dict = TEXT, device: str = "cpu") -> torch.Tensor:
+    generator = seeded(seed)
+    x_T = sample_noise((2, 4, 4, 4), generator, device)
+    return refl_loss(net, vae, brightness, SCHEDULER, x_T, text, ["a", "b"], generator)
+
+
 def gradient_of(net, unet, vae) -> tuple[torch.Tensor, torch.Tensor]:
     unet.zero_grad()
-    loss, _ = refl_loss(net, vae, brightness, SCHEDULER, (2, 4, 4, 4), TEXT, ["a", "b"], seeded())
+    loss = loss_of(net, vae)
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in unet.parameters()])
 
@@ -92,7 +104,7 @@ def test_beside_adapters_the_frozen_weights_are_their_own_copy(unet, vae):
             p.data.copy_(0.3 * rnd(f"adapter {i}", *p.shape))
         net = InferenceCopy(m, m, torch.bfloat16, copied=copied) if low else m
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            loss, _ = refl_loss(net, vae, brightness, SCHEDULER, (2, 4, 4, 4), TEXT, ["a", "b"], seeded(seed))
+            loss = loss_of(net, vae, seed)
         loss.backward()
         assert not low or (net.copy is m) == (not copied)
         return torch.cat([p.grad.flatten() for p in trained])
@@ -120,16 +132,10 @@ def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatc
                 seen.append(torch.allclose(predicted, self.unet(*args, **kwargs), rtol=0, atol=1e-4))
             return predicted
 
-    def load(args, row, config, real=train.load_models):
-        m = real(args, row, config)
-        m.net = Spy(m.unet, m.unet, dtype)
-        return m
-
     monkeypatch.setattr(inference_copy, "UNPACKED_CALLS", 0)
-    monkeypatch.setattr(train, "InferenceCopy", Spy)
-    monkeypatch.setattr(train, "load_models", load)
-    monkeypatch.setattr(monitor, "images_of", lambda *_: None)
-    monkeypatch.setattr(monitor, "measure", lambda *_: {"base": {"reward": [0.0, 0.0]}})
+    monkeypatch.setattr(speed, "InferenceCopy", lambda net, unet, _: Spy(net, unet, dtype))
+    monkeypatch.setattr(monitor, "evaluate", lambda *_: None)
+    monkeypatch.setattr(monitor, "summarise", lambda *_: {"base": {"reward": [0.0, 0.0]}})
     flags = ["--method", "imagerefl", "--steps", "3", "--batch-size", "1", "--sample-every", "0", "--lr", "0.1"]
     train.main(train.parse_args([*flags, "--dtype", "float32", "--output-dir", str(tmp_path / "run")]))
     assert len(seen) > 3 and all(seen)
@@ -149,7 +155,7 @@ def test_packed_layers_compute_what_they_did(name, vae):
     if name == "vae":
         network, x, given = vae.decoder, rnd("x", 2, 4, 8, 8), {}
     else:
-        network, (g, _) = filled(UNet(UNetConfig.from_dict(golden_config(name)))), golden(name)
+        network, (g, _) = filled(UNet(unet_config(golden_config(name)))), golden(name)
         x, given = g["sample"], {"timesteps": g["timestep"], "context": g["context"]}
         given |= {"pooled": g["text_embeds"], "time_ids": g["time_ids"]} if "text_embeds" in g else {}
     batch = {key: t.repeat(3, *[1] * (t.ndim - 1)) if t.ndim else t for key, t in given.items()}
@@ -246,29 +252,32 @@ def test_a_view_that_is_folded_alone_follows_a_change_of_type(unet, monkeypatch)
     assert torch.allclose(ours, usual, rtol=0, atol=1e-10)
 
 
-def test_swapped_models_and_passes_sample_the_same_images(tmp_path):
-    """One UNet in memory instead of two, four images in passes of at most two."""
+def test_one_model_at_a_time_samples_the_same_images(tmp_path):
+    """One UNet in memory instead of two, each loaded once for all batches."""
     paths = [tmp_path / name for name in ("base", "tuned")]
     tiny = weights.load_unet("tiny")
     weights.save_unet(tiny, paths[0])
     with torch.no_grad():
         tiny.conv_out.bias.add_(0.1)
     weights.save_unet(tiny, paths[1])
-    vae, text, scheduler = weights.load_vae("tiny"), weights.load_text("tiny"), Scheduler(3)
-    asked = (vae, text, scheduler, combined_weights(3, 2), ["owl"] * 3, [1, 2, 3], (32, 32), 2.0)
-    reads = []
+    reads, load_unet = [], weights.load_unet
 
-    def load(source, *args, real=weights.load_unet):
-        reads.append((source, args[0]))
-        return real(source, *args)
+    def load(source, *args):
+        reads.append((Path(source), args[0]))
+        return load_unet(source, *args)
 
-    two = generate(*(weights.load_unet(path) for path in paths), *asked, 2)
+    flags = ["--prompt", "owl", "--images-per-prompt", "3", "--batch-size", "2", "--steps", "3", "--switch", "2"]
+    flags += ["--base", "tiny", "--checkpoint", str(paths[1]), "--dtype", "float32", "--output-dir"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "load_unet", load)
-        one = generate(*weights.one_at_a_time(*paths, "cpu", torch.float32), *asked, 2)
-    assert torch.equal(one, two)
-    assert reads == [(paths[0], "meta"), (paths[1], "meta"), (paths[0], "cpu"), (paths[1], "cpu")]
-    assert torch.allclose(one, generate(*(weights.load_unet(path) for path in paths), *asked), atol=1e-4)
+        patch.setattr(loading, "load_unet", load)
+        patch.setattr(loading, "own_base", lambda _: paths[0])
+        sample.main(sample.parse_args([*flags, str(tmp_path / "one")]))
+        assert reads == [(paths[0], "meta"), (paths[1], "meta"), (paths[0], "cpu"), (paths[1], "cpu")]
+        patch.setattr(loading, "one_at_a_time", lambda base, tuned, *_: [load_unet(path) for path in (base, tuned)])
+        sample.main(sample.parse_args([*flags, str(tmp_path / "two")]))
+    for k in (1, 2, 3):
+        one, two = (np.asarray(Image.open(tmp_path / name / f"00000-{k}.png")).astype(int) for name in ("one", "two"))
+        assert abs(one - two).max() <= 1 and one.std() > 20
 
 
 def test_a_wrong_tuned_model_is_told_before_the_base_runs(tmp_path):
@@ -414,7 +423,7 @@ def test_nothing_in_a_pass_waits_for_the_gpu(unet, vae):
 
     def one_pass():
         with torch.autocast("cuda", torch.bfloat16):
-            loss, _ = refl_loss(inference_copy, vae, brightness, SCHEDULER, (2, 4, 4, 4), text, ["a", "b"], seeded())
+            loss = loss_of(inference_copy, vae, text=text, device="cuda")
         loss.backward()
 
     inference_copy = InferenceCopy(unet, unet)

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from recipe import GOLDEN, filled, golden, golden_config, rnd
 
-from unet import SD15, SDXL, TINY, UNet, UNetConfig, attention
+from pretrained.configs import unet_config, unet_dict
+from speed.cpu_attention import attention
+from unet import SD15, SDXL, TINY, UNet
 
 MINIS = ["unet_sd15_mini", "unet_sdxl_mini"]
 
@@ -16,7 +18,7 @@ def mini(name: str) -> tuple[UNet, dict, dict]:
     inputs = {"timesteps": g["timestep"], "context": g["context"]}
     if "text_embeds" in g:
         inputs |= {"pooled": g["text_embeds"], "time_ids": g["time_ids"]}
-    return filled(UNet(UNetConfig.from_dict(golden_config(name)))), g, inputs
+    return filled(UNet(unet_config(golden_config(name)))), g, inputs
 
 
 @pytest.mark.parametrize("name", MINIS)
@@ -39,7 +41,7 @@ def test_full_size_keys_and_shapes_are_the_published_ones(config, layout):
 
 @pytest.mark.parametrize("config", [SD15, SDXL, TINY])
 def test_config_survives_its_json(config):
-    assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert unet_config(json.loads(json.dumps(unet_dict(config)))) == config
 
 
 def test_published_config_is_the_constant():
@@ -49,12 +51,12 @@ def test_published_config_is_the_constant():
         "cross_attention_dim": 768,
     }
     published |= {"down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "sample_size": 64}
-    assert UNetConfig.from_dict(published) == SD15
+    assert unet_config(published) == SD15
 
 
 def test_config_of_another_network_is_refused():
     with pytest.raises(ValueError, match="resnet_time_scale_shift"):
-        UNetConfig.from_dict(SD15.to_dict() | {"resnet_time_scale_shift": "scale_shift"})
+        unet_config(unet_dict(SD15) | {"resnet_time_scale_shift": "scale_shift"})
 
 
 def test_scalar_timestep_is_the_same_one_for_all():

@@ -1,4 +1,4 @@
-"""Doubling and convolving as one: the same numbers, with fewer multiplications."""
+"""Fused upsampling and convolution: the same numbers, with fewer multiplications."""
 
 import copy
 
@@ -6,13 +6,18 @@ import pytest
 import torch
 from recipe import filled, rnd
 
-from speed.fused_upsample import Upsample, fuse, fused_kernel
+from speed.fused_upsample import fuse, fused_kernel
 from training import cost
-from unet import UNet, UNetConfig
+from unet import UNet, UNetConfig, Upsample
 from vae import VAE, VAEConfig
 
 
-def test_a_folded_kernel_is_that_of_both_steps():
+def fused(layer: Upsample):
+    """The layer that takes the place of an `Upsample`."""
+    return fuse(torch.nn.Sequential(layer))[0]
+
+
+def test_a_fused_kernel_is_that_of_both_steps():
     """Along one side, by hand: taps a, b, c meet pairs of equal pixels."""
     weight = torch.zeros(1, 1, 3, 3)
     weight[0, 0, 1] = torch.tensor([1.0, 10.0, 100.0])  # the middle row alone
@@ -20,16 +25,14 @@ def test_a_folded_kernel_is_that_of_both_steps():
 
 
 @pytest.mark.parametrize("sides", [(1, 1), (5, 8)])
-def test_folded_layers_double_and_convolve_as_before(sides):
-    layer = filled(Upsample(6)).double()
-    x, usual = rnd("x", 2, 6, *sides).double(), copy.deepcopy(layer)
-    fuse(layer)
-    expected = usual(x)
+def test_fused_layers_compute_what_they_did(sides):
+    layer, x = filled(Upsample(6)).double(), rnd("x", 2, 6, *sides).double()
+    expected, layer = layer(x), fused(layer)
     assert expected.shape == (2, 6, 2 * sides[0], 2 * sides[1])
     assert torch.allclose(layer(x), expected, rtol=0, atol=1e-12)
 
 
-def test_a_folded_decoder_passes_the_same_gradient_on():
+def test_a_fused_decoder_passes_the_same_gradient_on():
     vae = filled(VAE(VAEConfig(channels=(32, 32, 32), layers=1))).requires_grad_(False)
     z, gradients = rnd("z", 2, 4, 4, 4).requires_grad_(), []
     for network in (vae, fuse(copy.deepcopy(vae))):
@@ -37,8 +40,8 @@ def test_a_folded_decoder_passes_the_same_gradient_on():
     assert torch.allclose(*gradients, rtol=0, atol=1e-5 * gradients[0].abs().max())
 
 
-def test_folding_again_follows_the_weights_in_the_same_memory():
-    layer = fuse(filled(Upsample(4)))
+def test_fusing_again_updates_the_kernel_in_place():
+    layer = fused(filled(Upsample(4)))
     place, before = layer.kernel.data_ptr(), layer.kernel.clone()
     with torch.no_grad():
         layer.conv.weight.mul_(2)
@@ -47,8 +50,8 @@ def test_folding_again_follows_the_weights_in_the_same_memory():
     assert torch.equal(layer.kernel, 2 * before) and layer.kernel.data_ptr() == place
 
 
-def test_folding_again_follows_another_type():
-    layer = fuse(filled(Upsample(4)))
+def test_fusing_again_follows_another_type():
+    layer = fused(filled(Upsample(4)))
     assert fuse(layer.bfloat16().to(torch.float16)).kernel.dtype == torch.float16
     layer.kernel = layer.kernel.float()
     assert fuse(layer)(torch.ones(1, 4, 2, 2, dtype=torch.float16)).dtype == torch.float16
@@ -60,7 +63,7 @@ def test_bf16_rounds_each_sum_once():
         assert torch.equal(fused_kernel(weight), fused_kernel(weight.float()).bfloat16())
 
 
-def test_a_folded_network_is_saved_as_if_it_were_not():
+def test_a_fused_network_is_saved_as_if_it_were_not():
     unet = filled(UNet(UNetConfig(channels=(32, 32), depths=(1, 0), layers=1, heads=(2, 2), context=16)))
     before = unet.state_dict()
     after = fuse(unet).state_dict()
@@ -70,4 +73,4 @@ def test_a_folded_network_is_saved_as_if_it_were_not():
 def test_four_of_nine_multiplications_are_left():
     x, layer = rnd("x", 1, 8, 16, 16), Upsample(8)
     usual = cost.count(layer, x)
-    assert cost.count(fuse(layer), x) / usual == 4 / 9
+    assert cost.count(fused(layer), x) / usual == 4 / 9

@@ -5,12 +5,13 @@ import pytest
 import torch
 from recipe import GOLDEN, filled, golden, golden_config, rnd
 
-from vae import SD15, SDXL, TINY, VAE, VAEConfig
+from pretrained.configs import vae_config, vae_dict
+from vae import SD15, SDXL, TINY, VAE
 
 
 @pytest.fixture
 def mini() -> VAE:
-    return filled(VAE(VAEConfig.from_dict(golden_config("vae_mini"))))
+    return filled(VAE(vae_config(golden_config("vae_mini"))))
 
 
 # Golden images, of size 5, are rounded by 9e-6: in float32 a processor's own rounding comes on top.
@@ -35,12 +36,12 @@ def test_full_size_keys_and_shapes_are_the_published_ones():
 
 @pytest.mark.parametrize("config", [SD15, SDXL, TINY])
 def test_config_survives_its_json(config):
-    assert VAEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert vae_config(json.loads(json.dumps(vae_dict(config)))) == config
 
 
 def test_a_shifted_latent_space_is_refused():
     with pytest.raises(ValueError, match="shift_factor"):
-        VAEConfig.from_dict(SD15.to_dict() | {"shift_factor": 0.1})
+        vae_config(vae_dict(SD15) | {"shift_factor": 0.1})
 
 
 def test_sampled_latents_follow_the_scaled_posterior(mini):

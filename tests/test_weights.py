@@ -27,8 +27,9 @@ import unet as unets
 import vae as vaes
 import weights
 from pretrained import key_names, lora, weight_files
-from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
+from pretrained.configs import unet_config, unet_dict, vae_config, vae_dict
+from unet import UNet
+from vae import VAE
 
 ROOT = Path(__file__).parent.parent
 SINGLE = json.loads(gzip.decompress((GOLDEN / "keys_single_file.json.gz").read_bytes()))
@@ -94,7 +95,7 @@ def write_component(folder: Path, config: dict, tensors: dict, name: str = "diff
 @functools.cache
 def mini_unet(base: str) -> UNet:
     with torch.device("meta"):
-        unet = UNet(UNetConfig.from_dict(MINI[base]["unet"]))
+        unet = UNet(unet_config(MINI[base]["unet"]))
     unet.load_state_dict({key: fill(key, t.shape) for key, t in unet.state_dict().items()}, assign=True)
     return unet.eval()
 
@@ -104,7 +105,7 @@ def pipeline_of(base: str) -> Path:
     """A mini pipeline in the diffusers layout, with the quirks of the official folders."""
     folder, config = Path(tempfile.mkdtemp()), MINI[base]
     atexit.register(shutil.rmtree, folder)
-    vae = filled(VAE(VAEConfig.from_dict(config["vae"])))
+    vae = filled(VAE(vae_config(config["vae"])))
     write_component(folder / "unet", {"_class_name": KINDS[0]} | config["unet"], mini_unet(base).state_dict())
     write_component(folder / "vae", {"_class_name": KINDS[1]} | config["vae"], vae.state_dict())
     for component in ("text_encoder", "text_encoder_2"):
@@ -373,7 +374,7 @@ def test_a_single_file_in_the_hubs_cache_is_read(tmp_path):
     folder.mkdir(parents=True)
     write_single(folder / "sd_xl_base_1.0.safetensors", "unet_sdxl_mini")
     assert weights.find("sdxl", "unet").name == "sd_xl_base_1.0.safetensors"
-    assert weights.load_unet("sdxl").config == UNetConfig.from_dict(golden_config("unet_sdxl_mini"))
+    assert weights.load_unet("sdxl").config == unet_config(golden_config("unet_sdxl_mini"))
 
 
 # what is published beside the base models
@@ -534,9 +535,9 @@ def test_full_size_loads_from_every_layout_and_computes_what_diffusers_does(base
     save_file(x, tmp_path / "inputs")
     try:
         unet = tmp_path / "pipeline" / "unet"
-        write_component(unet, {"_class_name": KINDS[0]} | config.to_dict(), {k: fill(k, s) for k, s in keys.items()})
+        write_component(unet, {"_class_name": KINDS[0]} | unet_dict(config), {k: fill(k, s) for k, s in keys.items()})
         with torch.device("meta"):
-            theirs = diffusers.UNet2DConditionModel.from_config(config.to_dict()).eval()
+            theirs = diffusers.UNet2DConditionModel.from_config(unet_dict(config)).eval()
         theirs.load_state_dict(load_file(unet / "diffusion_pytorch_model.safetensors"), assign=True)
         added = {"text_embeds": x["pooled"], "time_ids": x["time_ids"]} if base == "sdxl" else None
         with torch.no_grad():
@@ -567,7 +568,7 @@ def write_others(pipeline: Path, base: str) -> None:
     """The autoencoder and the text encoders of a base at full size, by the recipe."""
     vae = vaes.SDXL if base == "sdxl" else vaes.SD15
     tensors = {key: fill(key, shape) for key, shape in FOLDERS["vae"].items()}
-    write_component(pipeline / "vae", {"_class_name": KINDS[1]} | vae.to_dict(), tensors)
+    write_component(pipeline / "vae", {"_class_name": KINDS[1]} | vae_dict(vae), tensors)
     for component, keys, kind, config in (
         ("text_encoder", "clip_l_text", "CLIPTextModel", weights.CLIP_L),
         ("text_encoder_2", "open_clip_g_text", "CLIPTextModelWithProjection", weights.CLIP_G),
@@ -674,7 +675,7 @@ def test_a_base_without_weights_says_what_to_get_and_where_to_put_it(source):
 
 def test_sdxls_autoencoder_is_never_in_half_precision(tmp_path):
     config = {"_class_name": "AutoencoderKL"} | golden_config("vae_mini") | {"scaling_factor": 0.13025}
-    write_component(tmp_path, config, filled(VAE(VAEConfig.from_dict(config))).state_dict())
+    write_component(tmp_path, config, filled(VAE(vae_config(config))).state_dict())
     assert weights.load_vae(tmp_path, dtype=torch.bfloat16).config.scale == 0.13025
     with pytest.raises(ValueError, match="overflows in float16"):
         weights.load_vae(tmp_path, dtype=torch.float16)

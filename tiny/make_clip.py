@@ -23,7 +23,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from training.data import Composition, EmojiSet
-from utils import cli, disk
+from utils import disk
+from utils.device import autocast
 from utils.images import CLIP_MEAN, CLIP_STD, to_tensor
 
 TINY_DIR = Path(__file__).parent
@@ -130,7 +131,7 @@ def train(clip: CLIPModel, tokenizer, emoji: EmojiSet, steps: int, batch: int, l
         captions = [p.caption for p in pictures]
         images = torch.stack([augment(emoji.draw(p), rng) for p in pictures]).to(device)
         tokens = {k: v.to(device) for k, v in tokenize(tokenizer, captions).items()}
-        with cli.autocast(device):
+        with autocast(device):
             loss = contrastive_loss(clip, images, tokens, true_of(captions, pictures).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

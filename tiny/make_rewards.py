@@ -32,7 +32,7 @@ from scheduler import Scheduler, denoise, sample_noise
 from tiny.make_clip import TINY_DIR, build, normalise, tokenize, train
 from training.data import Composition, EmojiSet
 from training.presets import TINY
-from utils import cli
+from utils.device import autocast
 from utils.images import to_tensor
 
 CLEAR = 3.0  # of two pictures, sigmoid(CLEAR * difference in utility) of the votes go to the first
@@ -127,7 +127,7 @@ def decoded(emoji: EmojiSet, count: int, seed: int, device: str) -> list[Example
         images = torch.stack([to_tensor(emoji.draw(p)) for p in shows]).to(device)
         start = int(torch.randint(0, 39, (), generator=generator))
         words, empty = text([p.caption for p in shows], (64, 64)), text([""] * 64, (64, 64))
-        with cli.autocast(device):
+        with autocast(device):
             x0 = vae.sample(images, generator)
             x = scheduler.add_noise(x0, sample_noise(x0.shape, generator, x0.device), scheduler.timesteps[start])
             predict = cfg(unet, words, empty, 2.0) if at % 128 else conditional(unet, words)
@@ -226,7 +226,7 @@ def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, steps: int, lr: float, d
         waiting = drawer.submit(votes.batch, CAPTIONS)
         images = random_shift(images.flatten(0, 1), TINY.shift, generator).to(device)
         images = images + torch.randn_like(images) * 0.06 * torch.rand(len(images), 1, 1, 1, device=device)
-        with cli.autocast(device):
+        with autocast(device):
             score = scores(clip, tokenizer, images, captions)
         share = (CLEAR * differences(liked)).sigmoid().to(device)
         loss = F.binary_cross_entropy_with_logits(differences(score), share)

@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights
+from pretrained.configs import unet_dict
 from unet import TINY
 from utils import disk
 
@@ -59,7 +60,7 @@ def main() -> None:
     base, work = TINY_DIR / "base", TINY_DIR / "work"
     disk.write_text(base / "model_index.json", json.dumps(INDEX, indent=1) + "\n")
     disk.write_text(base / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=1) + "\n")
-    disk.write_text(base / "unet" / "config.json", json.dumps(TINY.to_dict(), indent=1) + "\n")
+    disk.write_text(base / "unet" / "config.json", json.dumps(unet_dict(TINY), indent=1) + "\n")
     for name, stage in STAGES.items():
         run = work / name
         if not (run / "unet" / "config.json").exists():

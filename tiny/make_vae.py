@@ -19,9 +19,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights
+from pretrained.configs import vae_dict
 from training import checkpoint
 from training.data import EmojiSet
-from utils import cli, disk
+from utils import disk
+from utils.device import autocast
 from vae import TINY, VAE
 
 TINY_DIR = Path(__file__).parent
@@ -116,7 +118,7 @@ def main() -> None:
             group["lr"] = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         batch = range(step * args.batch_size, (step + 1) * args.batch_size)
         x = torch.stack([images[i][0] for i in batch]).to(args.device)
-        with cli.autocast(args.device):
+        with autocast(args.device):
             loss, kl = (decoder_loss(vae, x), 0.0) if args.decoder else loss_of(vae, x, args.kl)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -137,7 +139,7 @@ def main() -> None:
         args.output / "diffusion_pytorch_model.safetensors",
         {k: t.half() for k, t in vae.state_dict().items()},
     )
-    disk.write_text(args.output / "config.json", json.dumps(config.to_dict() | {"sample_size": 64}, indent=1) + "\n")
+    disk.write_text(args.output / "config.json", json.dumps(vae_dict(config) | {"sample_size": 64}, indent=1) + "\n")
     print(f"PSNR on 1,024 fresh compositions {psnr:.2f} dB -> {args.output}")
 
 

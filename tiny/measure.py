@@ -30,7 +30,7 @@ from tiny.make_rewards import RATERS, Votes, damage, decoded, held_out_accuracy
 from tiny.make_vae import evaluate as evaluate_vae
 from training import presets
 from training.data import Composition, EmojiSet
-from utils import cli
+from utils.device import autocast
 from utils.images import to_tensor
 
 OPEN = ("octopus", "tiger", "red apple", "penguin", "rocket", "frog", "strawberry", "hamburger", "ghost", "owl")
@@ -80,7 +80,7 @@ class Painter:
             part = prompts[at : at + 64]
             seeds = [self.seed + k for k in range(len(part))]
             self.seed += len(part)
-            with cli.autocast(self.device):
+            with autocast(self.device):
                 images = generate(
                     self.unet, self.unet, self.vae, self.text, Scheduler(40), mixture,
                     part, seeds, (64, 64), presets.TINY.guidance,

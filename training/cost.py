@@ -27,14 +27,16 @@ import rewards
 import unet as unets
 import vae as vaes
 import weights
-from diffusion import diffusion_loss
 from imagerefl import REFL_EVERY
 from pretrained import lora, reward_networks
+from pretrained.configs import unet_config, unet_dict, vae_config
 from pretrained.text_encoder import CACHE_BYTES
-from refl import LAST, reward_loss
-from scheduler import Scheduler
-from speed.fused_upsample import Upsample, fuse, fused_kernel
-from unet import UNet, UNetConfig
+from refl import T_MAX, reward_loss
+from scheduler import Scheduler, diffusion_loss
+from training import presets
+from training.options import STEPS, resolve
+from unet import UNet, UNetConfig, Upsample
+from utils import acceleration
 from vae import VAE, VAEConfig
 
 PUBLISHED = {"sd15": (unets.SD15, vaes.SD15), "sdxl": (unets.SDXL, vaes.SDXL)}
@@ -47,7 +49,7 @@ SAVINGS = (  # flags that save memory, the later the slower
     "--checkpointing unet,decoder",
     "--checkpointing unet,decoder --text-on-cpu",
 )
-SCHEDULER = Scheduler(40, eta=1.0)
+SCHEDULER = Scheduler(STEPS, eta=1.0)
 
 
 @dataclass
@@ -80,6 +82,12 @@ def counter() -> FlopCounterMode:
         backward: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v),
     }
     return FlopCounterMode(display=False, custom_mapping=ours)
+
+
+def fuse(network: nn.Module) -> nn.Module:
+    """Fused upsampling, as `speed/` has it, if it is there."""
+    speed = acceleration.speed()
+    return speed.fuse(network) if speed else network
 
 
 def count(f, *inputs: Tensor, backward: bool = False) -> int:
@@ -168,7 +176,7 @@ def per_image(parts: dict[str, float], start: int = 30) -> dict[str, float]:
     costs = {"diffusion": parts["UNet with gradients"] + parts["encode"]}
     if "reward with gradients" in parts:
         last = parts["UNet with gradients"] + parts["decode with gradients"] + parts["reward with gradients"]
-        costs["refl"] = rollout(0, steps - LAST) + last
+        costs["refl"] = rollout(0, steps - T_MAX) + last
         costs["imagerefl"] = parts["encode"] + rollout(start + 1, start) + last + parts["UNet with gradients"]
         costs["3:1 mix"] = ((REFL_EVERY - 1) * costs["imagerefl"] + costs["refl"]) / REFL_EVERY
     return costs
@@ -250,8 +258,7 @@ def text_bytes(unet: UNetConfig) -> int:
 def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str = "") -> tuple[float, float]:
     """Bytes that a run on a GPU in bf16 keeps between updates, and has at most in a pass of `batch` images."""
     side = args.resolution // 2 ** (len(vae.channels) - 1)
-    fused = patch.object(unets, "attention", F.scaled_dot_product_attention)
-    with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as memory, norms_in_float32(), fused:
+    with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as memory, norms_in_float32():
         m = build(args, unet, vae)
         to_bf16(m.vae)
         fuse(m.vae)
@@ -264,9 +271,9 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
             trained, copies = lora.add(fuse(m.unet), args.lora), []
         else:
             trained = list(m.unet.parameters())
-            kernels = [fused_kernel(part.conv.weight) for part in m.unet.modules() if isinstance(part, Upsample)]
-            copies = [torch.empty_like(t, dtype=torch.bfloat16) for t in trained + kernels]  # for the rollout
-            del kernels
+            convolutions = [part.conv.weight for part in m.unet.modules() if isinstance(part, Upsample)]
+            copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in trained]  # for the no-grad steps
+            copies += [torch.empty(*w.shape[:2], 4, 4, dtype=torch.bfloat16) for w in convolutions]  # fused
         moments = [torch.empty_like(p) for p in (*trained, *trained)]
         for p in trained:
             p.grad = torch.empty_like(p)  # of the passes before
@@ -285,7 +292,7 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
             if args.method != "refl":
                 loss = diffusion_loss(m.unet(x, 226, **given), x).mean()
             if args.method != "diffusion":
-                loss = loss + reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, given, [""] * batch, None)[0]
+                loss = loss + reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, given, [""] * batch, None)
         loss.backward()
         del copies, moments
     return kept, memory.peak
@@ -306,13 +313,20 @@ def fitting(args, unet: UNetConfig, vae: VAEConfig, gigabytes: float, known: dic
     return None
 
 
+def print_plan(args) -> None:
+    """Print what a run with these flags would cost. Needs neither weights nor data."""
+    unet, vae = configs(args.base)
+    args.data = args.data or "."
+    resolve(args, presets.preset_for(args.base, unet_dict(unet)))
+    for line in cost_report(args, unet, vae):
+        print(line, flush=True)
+
+
 def configs(base: str) -> tuple[UNetConfig, VAEConfig]:
     """The sizes of a base; those of the published ones are known without their files."""
     if base in PUBLISHED:
         return PUBLISHED[base]
-    return tuple(
-        kind.from_dict(weights.read_config(base, part)) for kind, part in ((UNetConfig, "unet"), (VAEConfig, "vae"))
-    )
+    return unet_config(weights.read_config(base, "unet")), vae_config(weights.read_config(base, "vae"))
 
 
 def cost_report(args, unet: UNetConfig, vae: VAEConfig) -> Iterator[str]:

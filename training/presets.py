@@ -1,6 +1,7 @@
-"""What differs between the tiny base, SD1.5 and SDXL: one row each, from Section 5 of the paper where it has them.
+"""Defaults that differ between the tiny base, SD1.5 and SDXL: one preset each.
 
-No torch here, so that `--help` answers at once.
+The numbers of SD1.5 and SDXL are the paper's (training: Section 5.3; guidance and base steps: 5.4 and A.2); where it is
+silent, the official code's. Free of slow imports, so that `--help` answers at once.
 """
 
 import json
@@ -8,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 VERSION = "0.1.0"
-METHODS = ("diffusion", "refl", "imagerefl")
-FEATURES = Path(__file__).parent.parent / "tiny" / "features"  # the held-out CLIP that judges the tiny base
-TUNED = Path(__file__).parent.parent / "tiny" / "tuned"  # a tuned model that ships with the tiny base
+METHODS = ("refl", "imagerefl")
+FEATURES = Path(__file__).parent.parent / "tiny" / "features"  # held-out CLIP for the tiny base's metrics
+TUNED = Path(__file__).parent.parent / "tiny" / "tuned"  # a tuned model for the tiny base
 SAMPLE_PROMPTS = (
     "a lighthouse on a cliff at dusk, oil painting",
     "a red bicycle leaning on a brick wall",
@@ -27,15 +28,15 @@ class Preset:
 
     resolution: int  # pixels
     reward: str
-    guidance: float  # of the base model; the tuned one runs without
-    switch: dict[str, int]  # steps of 40 that the base model takes, by the tuned model's method
-    start: int  # step index of t', where ImageReFL's noised images stand
+    guidance: float  # classifier-free guidance of the base model; the tuned one has none
+    switch: dict[str, int]  # base steps of 40 in combined generation, by training method
+    start: int  # step index of t', the noise level of ImageReFL's real images
     lr: float
-    batch_size: int  # images in one forward and backward pass
-    accumulate: int  # passes an update
-    updates: dict[str, int]
-    shift: int  # pixels by which the images that the reward sees are moved at random
-    prompts: tuple[str, ...]  # for the grids and the table of a run
+    batch_size: int  # micro-batch size
+    accumulate: int  # micro-batches per update
+    updates: dict[str, int]  # by training method
+    shift: int  # maximum random shift, in pixels, of the images that the reward scores
+    prompts: tuple[str, ...]  # for a run's sample grids and table
 
 
 TINY = Preset(
@@ -47,7 +48,7 @@ TINY = Preset(
     lr=4.5e-5,
     batch_size=16,
     accumulate=1,
-    updates={"diffusion": 5000, "refl": 75, "imagerefl": 150},
+    updates={"refl": 75, "imagerefl": 150},
     shift=8,
     prompts=(
         "octopus",
@@ -68,7 +69,7 @@ TINY = Preset(
         "fox",
     ),  # fmt: skip
 )
-SD15 = Preset(  # Table 1, SD1.5 rows; Section 5.1; `diffusion` is ours
+SD15 = Preset(
     resolution=512,
     reward="hpsv2.1",
     guidance=7.5,
@@ -77,11 +78,11 @@ SD15 = Preset(  # Table 1, SD1.5 rows; Section 5.1; `diffusion` is ours
     lr=3e-4,
     batch_size=8,
     accumulate=4,
-    updates={"diffusion": 4000, "refl": 2000, "imagerefl": 4000},
+    updates={"refl": 2000, "imagerefl": 4000},
     shift=0,
     prompts=SAMPLE_PROMPTS,
 )
-SDXL = replace(  # Section 5.1; t' follows the names of the official runs
+SDXL = replace(  # t' follows the names of the official runs
     SD15,
     guidance=5.0,
     switch={"refl": 20, "imagerefl": 35},
@@ -92,7 +93,7 @@ PRESETS = {"tiny": TINY, "sd15": SD15, "sdxl": SDXL}
 
 
 def preset_for(base: str, config: dict | None = None) -> Preset:
-    """The row of a named base, or of a folder by its UNet's `config.json`: by the width of the text states.
+    """The preset of a named base; of a folder by the text embedding width in its UNet's `config.json`.
 
     Raises ValueError for SD2.
     """
@@ -100,12 +101,12 @@ def preset_for(base: str, config: dict | None = None) -> Preset:
         return PRESETS[base]
     width = (config or {}).get("cross_attention_dim")
     if width == 1024:
-        raise ValueError(f"{base}: an SD2 model by its text states of width 1024; SD1.5 and SDXL are supported")
+        raise ValueError(f"{base}: an SD2 model (its text embeddings have width 1024); SD1.5 and SDXL are supported")
     return {768: SD15, 2048: SDXL}.get(width, TINY)
 
 
 def newest_run(folder: Path) -> Path | None:
-    """The run folder under `folder` that was finished last, if there is one."""
+    """The most recently finished run under `folder`, or None."""
 
     def is_finished(path: Path) -> bool:
         try:

@@ -1,45 +1,52 @@
-"""The folder of a run: its flags and table in `run.json`, a line an update in `log.jsonl`, `states/`, the result."""
+"""The folder of a run: flags and table in `run.json`, one line per update in `log.jsonl`, checkpoints, the result."""
 
 import json
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from tqdm import tqdm
 
-import weights
 from pretrained import lora
 from training import checkpoint, presets
 from utils import disk
+from weights import save_unet
 
-# No number changes with these, or by a sum's order alone.
-HARMLESS = {"resume", "override", "shard", "sample_every", "monitor", "save_every", "save_minutes", "keep"}
+# Flags that change no number, or only by the order of a sum.
+RESUMABLE_FLAGS = {"resume", "override", "shard", "sample_every", "monitor", "save_every", "save_minutes", "keep"}
 
 
-def new_folder(args) -> Path:
-    """The folder of a new run; never one that holds a run already."""
+def new_folder(args: Namespace) -> Path:
+    """The folder of a new run, never one that already holds a run."""
     name = f"runs/{args.method}-{Path(args.base).name}"
     folders = [args.output_dir] if args.output_dir else [name, *(f"{name}-{i}" for i in range(2, 10_000))]
     for folder in map(Path, folders):
         if not (folder / "run.json").exists():
             return folder
-    raise ValueError(f"--output-dir {args.output_dir}: holds a run already; --resume it or name another folder")
+    raise ValueError(f"--output-dir {args.output_dir}: already holds a run; --resume it or name another folder")
 
 
-def read(args) -> Path:
-    """Take the flags of the run that `--resume` names, and this call's where they may differ; returns the run's folder.
+def resume(args: Namespace) -> Path:
+    """Take over the flags of the run that `--resume` names, in place; returns the run's folder.
 
-    Raises ValueError for flags that would change the result, unless `--override` is given.
+    Raises ValueError for flags that would change the result, unless `--override` is given, and for runs of another
+    command.
     """
     folder = Path(args.resume)
     path = folder / "run.json"
     if not path.is_file():
-        raise FileNotFoundError(f"--resume {args.resume}: no run.json there, so no run to go on with")
+        raise FileNotFoundError(f"--resume {args.resume}: no run.json there, so no run to continue")
     try:
         then = json.loads(path.read_text())["args"]
-        free = HARMLESS | ({"steps"} if then["lr_schedule"] == "constant" else set())
+        free = RESUMABLE_FLAGS | ({"steps"} if then["lr_schedule"] == "constant" else set())
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"--resume {args.resume}: its run.json is damaged; put it back, or start anew") from None
+        raise ValueError(f"--resume {args.resume}: its run.json is damaged; restore it, or start a new run") from None
+    command = "tiny/pretrain.py" if then.get("method") == "diffusion" else "train.py"
+    if then.get("method") is not None and (then["method"] == "diffusion") != (args.method == "diffusion"):
+        raise ValueError(f"--resume {folder}: continue it with python {command} --resume {folder}")
+    if then.get("cache_latents") and args.method != "diffusion":
+        raise ValueError(f"--resume {folder}: was trained on cached latents, which train.py no longer has; start again")
     changed = {key: value for key, value in args.given.items() if then.get(key) != value}
     refused = [f"--{key.replace('_', '-')} {changed[key]} (was {then.get(key)})" for key in changed if key not in free]
     if refused and not args.override:
@@ -48,52 +55,52 @@ def read(args) -> Path:
     return folder
 
 
-def begin(args, folder: Path, update: int) -> dict:
-    """Put the folder in order to go on after `update`; returns the content of its `run.json`."""
-    about = json.loads((folder / "run.json").read_text()) if args.resume else {}
-    about["args"] = {k: v for k, v in vars(args).items() if k not in ("resume", "override", "shard", "given")}
-    about.pop("finished", None)
+def begin(args: Namespace, folder: Path, update: int) -> dict:
+    """Prepare the folder to continue after `update`; returns the content of its `run.json`."""
+    metadata = json.loads((folder / "run.json").read_text()) if args.resume else {}
+    metadata["args"] = {k: v for k, v in vars(args).items() if k not in ("resume", "override", "shard", "given")}
+    metadata.pop("finished", None)
     if args.resume:
         for name in ("states", "unet"):
             checkpoint.remove_temporaries(folder / name)
         checkpoint.truncate_log(folder / "log.jsonl", update)
-        print(f"going on after update {update} of {folder}")
-    describe(folder, about)
-    return about
+        print(f"continuing after update {update} of {folder}")
+    describe(folder, metadata)
+    return metadata
 
 
-def describe(folder: Path, about: dict) -> None:
+def describe(folder: Path, metadata: dict) -> None:
     """Write `run.json`."""
-    disk.write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    disk.write_text(folder / "run.json", json.dumps(metadata, indent=1) + "\n")
 
 
-def note(folder: Path, row: dict, progress: dict, skipped: list[int]) -> None:
-    """Add an update to `log.jsonl`. `skipped`: the indices of its prompts where no step was taken."""
-    row = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}  # as JSON
+def log(folder: Path, row: dict, progress: dict, skipped: list[int]) -> None:
+    """Append an update to `log.jsonl`. `skipped`: the indices of its prompts if no optimizer step was taken."""
+    row = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}  # valid JSON
     if skipped:
         progress["skipped"] += 1
-        told = ", ".join(f"{key} {v}" for key, v in row.items() if key not in ("update", "kind", "lr", "seconds"))
-        about = f"update {row['update']} skipped, the {progress['skipped']}. in all: not finite: {told}"
-        tqdm.write(f"{about}; prompts {skipped}", file=sys.stderr)
+        values = ", ".join(f"{key} {v}" for key, v in row.items() if key not in ("update", "kind", "lr", "seconds"))
+        message = f"update {row['update']} skipped ({progress['skipped']} so far): not finite: {values}"
+        tqdm.write(f"{message}; prompts {skipped}", file=sys.stderr)
         row |= {"skipped": progress["skipped"], "prompts": skipped}
     disk.append(folder / "log.jsonl", json.dumps(row))
 
 
-def save(folder: Path, tensors: dict, progress: dict, keep: int, last: bool) -> None:
-    """Save the state. Where that fails and training goes on, the next one may succeed: raises OSError at the last."""
+def save_checkpoint(folder: Path, tensors: dict, progress: dict, keep: int, last: bool) -> None:
+    """Save a checkpoint. A failure is only reported, as the next one may succeed; at the last raises OSError."""
     try:
         checkpoint.save_newest(folder / "states", tensors, progress, keep)
     except OSError as error:
         if last:
             raise
-        tqdm.write(f"not saved, training goes on: {error.filename}: {error.strerror}", file=sys.stderr)
+        tqdm.write(f"checkpoint not saved, training continues: {error.filename}: {error.strerror}", file=sys.stderr)
 
 
-def save_result(args, m, folder: Path, update: int) -> None:
-    """Write what was trained in so many updates: the whole `unet/`, or the adapter."""
+def save_result(args: Namespace, unet, folder: Path, update: int) -> None:
+    """Write the result of `update` updates: the whole UNet into `unet/`, or the adapter."""
     header = {"base": args.base, "method": args.method, "reward": str(args.reward), "step": str(update)}
     header["version"] = presets.VERSION
     if args.lora:
-        lora.save(m.unet, folder, metadata=header)
+        lora.save(unet, folder, metadata=header)
     else:
-        weights.save_unet(m.ema or m.unet, folder / "unet", metadata=header)
+        save_unet(unet, folder / "unet", metadata=header)

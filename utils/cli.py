@@ -1,4 +1,4 @@
-"""What the commands share: flags with dashes or underscores, and bad input told in one line with exit code 2."""
+"""What the commands share: argument parsing, one-line errors with exit code 2, signals. Free of slow imports."""
 
 import argparse
 import math
@@ -11,25 +11,22 @@ from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which reads `--batch_size` as `--batch-size`."""
+    """An argument parser with one-line errors that also accepts `--batch_size` for `--batch-size`."""
 
     def __init__(self, description: str | None = None, **settings):
         style = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=style, allow_abbrev=False, **settings)
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        return self.parse_args(self.dashed(argv))
+        return self.parse_args(self.with_dashes(argv))
 
     def given(self, argv: list[str] | None = None) -> dict:
-        """Of the flags, those that are written out, without the defaults."""
-        unset = {action.dest: None for action in self._actions}
-        return {
-            k: v
-            for k, v in vars(self.parse_args(self.dashed(argv), argparse.Namespace(**unset))).items()
-            if v is not None
-        }
+        """The flags on the command line, without defaults."""
+        unset = argparse.Namespace(**{action.dest: None for action in self._actions})
+        parsed = vars(self.parse_args(self.with_dashes(argv), unset))
+        return {key: value for key, value in parsed.items() if value is not None}
 
-    def dashed(self, argv: list[str] | None) -> list[str]:
+    def with_dashes(self, argv: list[str] | None) -> list[str]:
         argv = sys.argv[1:] if argv is None else argv
         return [a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]) :] if a[:2] == "--" else a for a in argv]
 
@@ -38,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """A kind of argument: an int or a float in low..high, and finite."""
+    """An argument type: a finite int or float in low..high."""
 
     def read(text: str) -> float:
         value = kind(text)
@@ -54,88 +51,36 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 positive = number(int, 1)
 
 
-def device(name: str | None) -> str:
-    """The device of that name; without one the GPU, if there is one. Raises ValueError when it is not there."""
-    import torch
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: there is none here; leave it out to use what there is") from None
-    if name.startswith("cuda:"):
-        torch.cuda.set_device(name)  # whose memory is then measured
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions too
-    return name
-
-
-def dtype(device: str) -> str:
-    """The default type of arithmetic: bfloat16 on a GPU, and on a processor that has it."""
-    import torch
-
-    return "bfloat16" if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
-
-
-def autocast(device: str, kind: str | None = None):
-    """Within: matrix products in bf16, if `kind` says so or, left out, the default does. Weights stay what they are."""
-    import torch
-
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=(kind or dtype(device)) == "bfloat16")
-
-
-def stored(args: argparse.Namespace):
-    """The type in which frozen networks are held: `args.dtype` on a GPU; on a CPU float32, bf16 is autocast's there."""
-    import torch
-
-    return torch.bfloat16 if args.dtype == "bfloat16" and args.device != "cpu" else torch.float32
-
-
-def sampling(args: argparse.Namespace):
-    """Within: frozen networks, held as `stored` says, compute in `args.dtype`.
-
-    Autocast would run the norms of what is held in bf16 in float32, so it is off for these.
-    """
-    import torch
-
-    return autocast(args.device, args.dtype if stored(args) == torch.float32 else "float32")
-
-
 def check_writable(folder: Path) -> None:
-    """Raises OSError, before work begins, when `folder` can be neither made nor written to."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there}: not a folder, so {folder} cannot be written; name another one")
-    if not os.access(there, os.W_OK):
-        raise PermissionError(f"{there}: may not be written to; name another folder than {folder}")
+    """Raises OSError, before any work is done, if `folder` can be neither created nor written to."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing}: not a folder, so {folder} cannot be written; name another one")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"{existing}: no write permission; name another folder than {folder}")
 
 
 @contextmanager
-def stopping() -> Iterator[list[int]]:
-    """Within: the first SIGINT or SIGTERM is put into the list that this gives; a second one ends the program."""
-    signals = []
+def catch_signals() -> Iterator[list[int]]:
+    """Yields a list to which the first SIGINT or SIGTERM is appended; a second one ends the program."""
+    received = []
 
-    def note(number: int, frame) -> None:
-        if signals:
+    def handle(number: int, frame) -> None:
+        if received:
             sys.exit(128 + number)
-        signals.append(number)
-        os.write(2, b"\nfinishing this update, then saving; once more to stop at once\n")  # print may be busy
+        received.append(number)
+        os.write(2, b"\nfinishing this update, then saving; press again to stop at once\n")  # print is not reentrant
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield signals
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error is a GPU's or the CPU's that has no more memory to give."""
-    words = ("out of memory", "allocate memory", "enough memory")
-    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in words)
-
-
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call `main(args)`; what the user can put right is told in one line, with exit code 2."""
+    """Call `main(args)`; report errors that the user can fix in one line, with exit code 2."""
     name = sys.argv[0].rsplit("/", 1)[-1]
     try:
         main(args)
@@ -144,6 +89,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
+        from utils.device import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
         reason = (str(error) or "of the CPU").splitlines()[0]
