@@ -83,7 +83,7 @@ import metrics  # noqa: E402
 import rewards  # noqa: E402
 import weights  # noqa: E402
 from combined import aig_weights, combined_weights  # noqa: E402
-from pretrained import weight_files  # noqa: E402
+from pretrained import reward_files, weight_files  # noqa: E402
 from report import page  # noqa: E402
 from report.curves import METHODS  # noqa: E402
 from report.sweep import generate_each  # noqa: E402
@@ -250,7 +250,7 @@ def scorers_of(args, row: presets.Preset) -> tuple[dict[str, Scorer], list[str]]
     found, notes = {}, []
     for name, source in zip(names, sources, strict=True):
         scorer = reward_scorer(name, source or None, args.device)
-        found[f"{name}.{fingerprint(rewards.find_checkpoint(name, source or None))}"] = scorer
+        found[f"{name}.{fingerprint(reward_files.find_checkpoint(name, source or None))}"] = scorer
     if row is presets.TINY:
         found[f"features.{fingerprint(presets.FEATURES)}"] = tiny_scorer(args.device)
         notes.append("Concept, diversity and the distances are measured by the held-out CLIP of the tiny base, 128 "

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPModel, Dinov2Model, ViTModel
 
 from pretrained.inception import load_inception
-from utils.images import CLIP_MEAN, CLIP_STD, preprocess
-from weights import read_file
+from pretrained.preprocess import CLIP_MEAN, CLIP_STD, preprocess
+from pretrained.weight_files import read_file
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -33,7 +33,7 @@ import unet as unets
 import vae as vaes
 from combined import cfg, conditional
 from imagerefl import imagerefl_loss
-from pretrained import reward_networks
+from pretrained import preprocess, reward_networks
 from pretrained.configs import unet_dict, vae_dict
 from refl import LAST, refl_loss, sample_t_f
 from scheduler import Scheduler, denoise, sample_noise
@@ -339,7 +339,7 @@ def reward_of(args) -> tuple[Callable, Callable]:
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            return network(reward_networks.preprocess(images, 224), text)
+            return network(preprocess.preprocess(images, 224), text)
 
     return reward, lambda: reward_networks.to_bf16(network, torch.bfloat16)
 

@@ -1,8 +1,8 @@
 """The Inception v3 of FID in its pytorch-fid form: images -> 2048 pool3 features.
 
-Unit names are the published file's key names, so that loading is one strict `load_state_dict`. Three things
-differ from torchvision's network of the same name: 1008 classes (loaded, never applied), average pooling that
-leaves the padding out of the divisor, and a max pool in the last block. Letters: B batch, c channels.
+Module names are the published file's key names, so that loading is one strict `load_state_dict`. Three differences
+from torchvision's Inception v3: 1008 classes (loaded but unused), average pooling that does not count the padding, and
+a max pool in the last block. Shapes: B batch, c channels.
 """
 
 from pathlib import Path
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import read_file
+from pretrained.weight_files import read_file
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 
 
 class Unit(nn.Module):
-    """Convolution without bias, batch norm, ReLU. Keeps H and W unless `stride` is 2 or `pad` is off."""
+    """Convolution without bias, batch norm, ReLU. Keeps H and W unless `stride` is 2 or `pad` is False."""
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int], stride: int = 1, pad: bool = True):
         super().__init__()
@@ -74,7 +74,7 @@ class B(nn.Module):
 
 
 class C(nn.Module):
-    """Mixed_6b to 6e: (B, 768, 17, 17) -> the same, with 7x7 factored into rows and columns of c channels."""
+    """Mixed_6b to 6e: (B, 768, 17, 17) -> same shape; 7x7 convolutions factored into 1x7 and 7x1 with c channels."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -115,7 +115,7 @@ class D(nn.Module):
 
 
 class E(nn.Module):
-    """Mixed_7b, 7c: (B, c_in, 8, 8) -> (B, 2048, 8, 8); 7c pools by maximum, as in the original graph."""
+    """Mixed_7b, 7c: (B, c_in, 8, 8) -> (B, 2048, 8, 8); 7c uses max pooling, as the original graph does."""
 
     def __init__(self, c_in: int, maximum: bool = False):
         super().__init__()
@@ -154,10 +154,10 @@ class Inception(nn.Module):
         self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = C(128), C(160), C(160), C(192)
         self.Mixed_7a = D()
         self.Mixed_7b, self.Mixed_7c = E(1280), E(2048, maximum=True)
-        self.fc = nn.Linear(2048, 1008)  # in the file, after the features
+        self.fc = nn.Linear(2048, 1008)  # in the file, but unused
 
     def forward(self, images: Tensor) -> Tensor:
-        # Half-pixel centres, no antialiasing, aspect ratio not kept: as published FIDs have it.
+        # Half-pixel centres, no antialiasing, aspect ratio not kept: the convention of published FIDs.
         x = F.interpolate(images.clamp(-1, 1), (299, 299), mode="bilinear", align_corners=False)
         x = chain(x, self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3)  # (B, 64, 147, 147)
         x = F.max_pool2d(x, 3, stride=2)
@@ -172,7 +172,7 @@ class Inception(nn.Module):
 def load_inception(path: str | Path) -> Inception:
     """The network with the weights of pytorch-fid's file, in evaluation mode and frozen.
 
-    Raises FileNotFoundError when there is no file, ValueError when its keys or shapes are another network's.
+    Raises FileNotFoundError if there is no file, ValueError if its keys or shapes do not fit.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""One tensor, many names: the layouts in which Stable Diffusion is published.
+"""Tensor names in the layouts in which Stable Diffusion is published.
 
-Modules here bear the names of the diffusers layout. The functions `*_name` turn such a name into that of the single
-files: LDM for SD1.5, SGM for SDXL. Only this direction is written down; to read, the names of a whole module are turned
-and looked up in the file. A table is a dict: name in the module -> name in the file.
+Our modules use the names of the diffusers layout. The functions `*_name` convert such a name to that of the single
+files: LDM for SD1.5, SGM for SDXL. Only this direction is written down; to read a file, the names of a whole module
+are converted and looked up in it. A table is a dict: name in the module -> name in the file.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 from unet import UNetConfig
 from vae import VAEConfig
 
-# where a component begins in a single file
+# prefix of each component in a single file
 UNET, UNET_EMA, VAE = "model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model."
 CLIP_L, CLIP_L_SDXL, CLIP_G = (
     "cond_stage_model.transformer.",
@@ -22,7 +22,7 @@ CLIP_L, CLIP_L_SDXL, CLIP_G = (
     "conditioner.embedders.1.model.",
 )
 
-ENDS = {  # of a UNet
+OUTER_LAYERS = {  # of a UNet
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -71,7 +71,7 @@ OPEN_CLIP = [
     (r"final_layer_norm", "ln_final"),
 ]
 
-LOOKS = [  # a name that only such a file has
+SIGNATURES = [  # a key that only this kind of file has
     (r"\.lora_[AB]\.|\.lora_(down|up)\.", "a LoRA adapter, which needs its base; name it with --checkpoint"),
     (r"^conditioner\.embedders\.0\.model\.", "the SDXL refiner, which is not supported"),
     (r"^cond_stage_model\.model\.", "an SD2 file, which is not supported"),
@@ -94,11 +94,11 @@ def rename(key: str, rules: Iterable[tuple[str, str]]) -> str:
 
 
 def unet_name(key: str, config: UNetConfig) -> str:
-    """The LDM / SGM name of a UNet's tensor: the levels become one row of cells, samplers included."""
+    """The LDM / SGM name of a UNet's tensor: there all levels, samplers included, are one flat list of blocks."""
     block = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.+)", key)
     if not block:
         module, _, parameter = key.rpartition(".")
-        return f"{ENDS[module]}.{parameter}"
+        return f"{OUTER_LAYERS[module]}.{parameter}"
     side, level, kind, j, rest = block[1], int(block[2] or 0), block[3], int(block[4]), block[5]
     if kind == "resnets":
         module, _, parameter = rest.rpartition(".")
@@ -106,31 +106,31 @@ def unet_name(key: str, config: UNetConfig) -> str:
     place = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 1 + bool(config.depths[-1 - level])}[kind]
     if side == "mid":
         return f"middle_block.{2 * j + place}.{rest}"
-    cell = level * (config.layers + 1) + (config.layers if kind.endswith("samplers") else j)
+    block_index = level * (config.layers + 1) + (config.layers if kind.endswith("samplers") else j)
     if side == "up":
-        return f"output_blocks.{cell}.{place}.{rest}"
-    return f"input_blocks.{cell + 1}.{place}.{rest.replace('conv', 'op') if kind == 'downsamplers' else rest}"
+        return f"output_blocks.{block_index}.{place}.{rest}"
+    return f"input_blocks.{block_index + 1}.{place}.{rest.replace('conv', 'op') if kind == 'downsamplers' else rest}"
 
 
 def vae_name(key: str, levels: int) -> str:
-    """The LDM name of an autoencoder's tensor; there the levels of the decoder count from the image's side."""
+    """The LDM name of an autoencoder's tensor; there decoder level 0 is the one at full resolution."""
     key = re.sub(r"(up_blocks)\.(\d+)", lambda m: f"{m[1]}.{levels - 1 - int(m[2])}", key)
     return rename(key, AUTOENCODER)
 
 
-# A layout of a component: the prefix of its tensors in the file, and name in the module -> name after the prefix.
+# A layout of a component: the prefix of its tensors in the file, and a table: name in the module -> name after it.
 Layout = tuple[str, dict[str, str]]
 
 
-def of_unet(keys: Iterable[str], config: UNetConfig) -> list[Layout]:
-    """Every published layout of a UNet. Averaged weights come before plain ones: the diffusers folders hold those."""
+def unet_layouts(keys: Iterable[str], config: UNetConfig) -> list[Layout]:
+    """Every published layout of a UNet. EMA weights come before plain ones: the diffusers folders contain those."""
     same = {key: key for key in keys}
     names = {key: unet_name(key, config) for key in same}
-    averaged = {key: name.replace(".", "") for key, name in names.items()}
-    return [("", same), (UNET_EMA, averaged), (UNET, names), ("", names)]
+    ema = {key: name.replace(".", "") for key, name in names.items()}
+    return [("", same), (UNET_EMA, ema), (UNET, names), ("", names)]
 
 
-def of_vae(keys: Iterable[str], config: VAEConfig) -> list[Layout]:
+def vae_layouts(keys: Iterable[str], config: VAEConfig) -> list[Layout]:
     """Every published layout of an autoencoder."""
     same = {key: key for key in keys}
     old = {key: rename(key, OLD_ATTENTION) for key in same}
@@ -138,8 +138,8 @@ def of_vae(keys: Iterable[str], config: VAEConfig) -> list[Layout]:
     return [("", same), ("", old), (VAE, names), ("", names)]
 
 
-def of_text(keys: Iterable[str]) -> list[Layout]:
-    """Every published layout of a CLIP text encoder, after `unfuse`. The second of SDXL is told by its projection."""
+def text_layouts(keys: Iterable[str]) -> list[Layout]:
+    """Every published layout of a CLIP text encoder, after `unfuse`. Only SDXL's second one has a projection."""
     bare = {key: key.removeprefix("text_model.") for key in keys}
     if PROJECTION in bare:
         open_clip = {key: rename(name, OPEN_CLIP) for key, name in bare.items()}
@@ -148,23 +148,23 @@ def of_text(keys: Iterable[str]) -> list[Layout]:
     return [("", whole), ("", bare), (CLIP_L, whole), (CLIP_L, bare), (CLIP_L_SDXL, whole)]
 
 
-def closest(names: Iterable[str], layouts: list[Layout]) -> Layout:
-    """The layout that shares most names with a file; the first of equals."""
+def best_layout(names: Iterable[str], layouts: list[Layout]) -> Layout:
+    """The layout that shares the most names with a file; ties go to the first."""
     names = set(names)
     return max(layouts, key=lambda layout: sum(layout[0] + name in names for name in layout[1].values()))
 
 
 def identify(names: Iterable[str]) -> str:
-    """What a file with these names is, in words, and the flag that fits it."""
+    """Describes a file from its tensor names, with the flag to load it."""
     text = "\n".join(names)
-    return next((what for pattern, what in LOOKS if re.search(pattern, text, re.MULTILINE)), "nothing known here")
+    return next((kind for pattern, kind in SIGNATURES if re.search(pattern, text, re.MULTILINE)), "nothing known here")
 
 
 def unfuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Split what open_clip keeps in one tensor (q, k, v) and turn its projection; all results are views.
+    """Split open_clip's fused q, k, v tensors and transpose its projection; all results are views.
 
-    Two things that CLIP's text encoders do not compute with are left out: `position_ids` (0, 1, 2, ...) and
-    `logit_scale` (of the contrastive loss).
+    Drops two tensors that the text encoders do not use: `position_ids` (0, 1, 2, ...) and `logit_scale` (of the
+    contrastive loss).
     """
     split = {}
     for key, tensor in tensors.items():
@@ -197,5 +197,5 @@ def fuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_adapter(names: Iterable[str]) -> bool:
-    """Whether a file holds a LoRA."""
+    """True if a file contains LoRA adapters."""
     return "LoRA" in identify(names)

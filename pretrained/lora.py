@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021) on the attention layers of a UNet: W x + (alpha / rank) B A x, with a switch.
 
-With the switch off the UNet is the base model to the last bit, so that combined generation needs one set of weights.
-On disk in peft's names, which diffusers reads, or in kohya's, which A1111 and ComfyUI read.
+With the switch off the UNet is bit-identical to the base model, so combined generation needs one set of weights.
+Files use peft's names, which diffusers reads, or kohya's, which A1111 and ComfyUI read.
 """
 
 import json
@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrained import key_names, weight_files
+from pretrained.options import ADAPTER_LAYOUTS
 from unet import UNet
 from utils import disk
 
-LAYOUTS = ("peft", "kohya")
 TARGET = re.compile(r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$")
 PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter beside it; takes over weight and bias of the layer that it replaces.
+    """A linear layer plus an adapter; shares weight and bias with the layer that it replaces.
 
-    The adapter is float32 whatever the layer's type, and computes in the type of its input.
+    The adapter is stored in float32, whatever the layer's dtype, and computes in the dtype of its input.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
@@ -45,15 +45,15 @@ class LoRALinear(nn.Linear):
 
 
 def targets(unet: UNet) -> dict[str, nn.Linear]:
-    """The layers that take an adapter, by name."""
+    """The layers that can have an adapter, by name."""
     return {name: module for name, module in unet.named_modules() if TARGET.search(name)}
 
 
 def adapters(unet: UNet) -> dict[str, LoRALinear]:
-    """The layers that have an adapter, by name. Raises ValueError when there are none."""
+    """The layers that have an adapter, by name. Raises ValueError if there are none."""
     found = {name: module for name, module in targets(unet).items() if isinstance(module, LoRALinear)}
     if not found:
-        raise ValueError("this UNet has no adapters; lora.add or lora.load puts them in")
+        raise ValueError("this UNet has no adapters; lora.add or lora.load adds them")
     return found
 
 
@@ -68,9 +68,10 @@ def _refuse_a_second(unet: UNet) -> None:
 
 
 def add(unet: UNet, rank: int, alpha: float | None = None, generator: torch.Generator | None = None) -> list:
-    """Freeze a UNet and give it adapters; returns their parameters, to train. The output is unchanged: B is zero.
+    """Freeze a UNet and add adapters; returns their parameters, to train. The output is unchanged, as B is zero.
 
-    A is normal with deviation 1 / rank; alpha defaults to the rank. Raises ValueError for a rank below 1.
+    A is drawn from a normal distribution with standard deviation 1 / rank; alpha defaults to the rank.
+    Raises ValueError for a rank below 1.
     """
     _refuse_a_second(unet)
     if rank < 1:
@@ -86,7 +87,7 @@ def add(unet: UNet, rank: int, alpha: float | None = None, generator: torch.Gene
 
 
 def parameters(unet: UNet) -> list[nn.Parameter]:
-    """The adapters' parameters."""
+    """The parameters of all adapters."""
     return [p for layer in adapters(unet).values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
 
 
@@ -99,7 +100,7 @@ def switch(unet: UNet, on: bool) -> None:
 def base_and_tuned(unet: UNet) -> tuple[Callable, Callable]:
     """Base and tuned model as two callables with the UNet's arguments, over one set of weights.
 
-    The tuned one is the UNet itself: its adapters are off within a call of the base, and on otherwise.
+    The tuned model is the UNet itself: its adapters are off only during a call of the base model.
     """
     switch(unet, True)
 
@@ -115,7 +116,7 @@ def base_and_tuned(unet: UNet) -> tuple[Callable, Callable]:
 
 @torch.no_grad()
 def merge(unet: UNet) -> UNet:
-    """Fold the adapters into the weights, W + (alpha / rank) B A, and take them out."""
+    """Merge the adapters into the weights, W + (alpha / rank) B A, and remove them."""
     for name, layer in adapters(unet).items():
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         change = layer.alpha / layer.rank * (layer.lora_B.weight @ layer.lora_A.weight)
@@ -126,7 +127,7 @@ def merge(unet: UNet) -> UNet:
 
 
 def _kohya_name(name: str, unet: UNet) -> str:
-    """In kohya's scripts SD1.5 goes by the diffusers names, SDXL by those of its single file."""
+    """kohya's scripts use the diffusers names for SD1.5, those of the single file (SGM) for SDXL."""
     if unet.config.pooled:
         name = key_names.unet_name(name + ".weight", unet.config).removesuffix(".weight")
     return "lora_unet_" + name.replace(".", "_")
@@ -151,10 +152,10 @@ def _peft_file(unet: UNet) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _kohya_file(unet: UNet) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, layers = {}, adapters(unet)
     for name, layer in layers.items():
-        spelled = _kohya_name(name, unet)
-        tensors[f"{spelled}.lora_down.weight"] = layer.lora_A.weight
-        tensors[f"{spelled}.lora_up.weight"] = layer.lora_B.weight
-        tensors[f"{spelled}.alpha"] = torch.tensor(float(layer.alpha))
+        kohya = _kohya_name(name, unet)
+        tensors[f"{kohya}.lora_down.weight"] = layer.lora_A.weight
+        tensors[f"{kohya}.lora_up.weight"] = layer.lora_B.weight
+        tensors[f"{kohya}.alpha"] = torch.tensor(float(layer.alpha))
     first = next(iter(layers.values()))
     base, architecture = (
         ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base") if unet.config.pooled else ("sd_v1", "stable-diffusion-v1")
@@ -176,12 +177,12 @@ def save(
     metadata: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the adapters. `path`: a `.safetensors` file, or a folder, which gets `pytorch_lora_weights.safetensors`.
+    """Write the adapters to a `.safetensors` file, or to `pytorch_lora_weights.safetensors` in a folder.
 
-    layout: "peft" or "kohya". Raises ValueError for another one.
+    layout: "peft" or "kohya". Raises ValueError for any other.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r} of an adapter; known: {', '.join(LAYOUTS)}")
+    if layout not in ADAPTER_LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r} of an adapter; known: {', '.join(ADAPTER_LAYOUTS)}")
     tensors, header = _peft_file(unet) if layout == "peft" else _kohya_file(unet)
     path = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / weight_files.ADAPTER
     disk.write(path, {k: t.to("cpu", dtype) for k, t in tensors.items()}, {"format": "pt"} | header | (metadata or {}))

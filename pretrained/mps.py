@@ -1,7 +1,7 @@
-"""MPS (github.com/Kwai-Kolors/MPS): CLIP with a cross model on top, and the reader of its checkpoint.
+"""MPS (github.com/Kwai-Kolors/MPS): CLIP with a cross-attention model on top, and the reader of its checkpoint.
 
-The checkpoint is a whole pickled module; `read_pickled` takes the tensors out of it without importing or
-running any class that it names. Module names are the checkpoint's keys.
+The checkpoint is a pickled nn.Module; `read_pickled` extracts its tensors without importing or running any class that
+it names. Module names are the checkpoint's keys.
 Shapes: B pairs, L image tokens, S text tokens, D joint width, H = D / 64 heads.
 """
 
@@ -39,7 +39,7 @@ class SwiGLU(nn.Module):
         return value * F.silu(gate)
 
 
-def attend(q, k, v, mask=None):
+def attention(q, k, v, mask=None):
     """Attention of H query heads (B, L, D) to one shared key and value head (B, S, 64) -> (B, L, D)."""
     q = q.unflatten(-1, (-1, HEAD)).transpose(1, 2)  # (B, L, D) -> (B, H, L, 64)
     k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # (B, S, 64) -> (B, H, S, 64)
@@ -47,7 +47,7 @@ def attend(q, k, v, mask=None):
 
 
 class CrossBlock(nn.Module):
-    """Image tokens look at the kept text tokens; a feed-forward of the same input runs beside it."""
+    """Cross-attention from image tokens to the kept text tokens, and a feed-forward in parallel."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -60,11 +60,11 @@ class CrossBlock(nn.Module):
     def forward(self, x, text, keep):
         h = self.norm(x)  # (B, L, D)
         k, v = self.to_kv(text).chunk(2, dim=-1)  # (B, S, 64) each; the text is not normalised
-        return self.to_out(attend(self.to_q(h), k, v, keep[:, None, None])) + self.ff(h)
+        return self.to_out(attention(self.to_q(h), k, v, keep[:, None, None])) + self.ff(h)
 
 
 class SelfBlock(nn.Module):
-    """Image tokens look at each other; attention and feed-forward come out of one projection."""
+    """Self-attention of image tokens; attention and a parallel feed-forward share one input projection."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -79,7 +79,7 @@ class SelfBlock(nn.Module):
         q, k, v, ff = self.fused_attn_ff_proj(self.norm(x)).split(self.split, dim=-1)
         q = self.rotary_emb(q.unflatten(-1, (-1, HEAD)).transpose(1, 2)).transpose(1, 2).flatten(2)
         k = self.rotary_emb(k[:, None])[:, 0]
-        return self.attn_out(attend(q, k, v)) + self.ff_out(ff)
+        return self.attn_out(attention(q, k, v)) + self.ff_out(ff)
 
 
 class Residual(nn.Module):
@@ -106,11 +106,11 @@ class CrossModel(nn.Module):
 
 
 class MPS(nn.Module):
-    """exp(logit_scale) * cos(text, image seen through the words of the prompt that the condition asks for).
+    """exp(logit_scale) * cos(text, image), where the image attends to the prompt's tokens that match the condition.
 
-    A word is kept if its similarity to the condition, relative to the prompt's most similar word, exceeds
-    `threshold`: 0.01 in the published model and the paper's code, 0.3 in MPS's own evaluation. The published
-    code divides by the batch's maximum; here it is the prompt's, so a score is independent of its batch.
+    A token is kept if its similarity to the condition, divided by the prompt's maximum, exceeds `threshold`: 0.01 in
+    the published model and the paper's code, 0.3 in MPS's own evaluation. The published code divides by the batch's
+    maximum instead, so there a score depends on the rest of the batch.
     """
 
     dtype = torch.float32
@@ -123,12 +123,12 @@ class MPS(nn.Module):
         super().__init__()
         self.model, self.cross_model = CLIPModel(config), CrossModel(config.projection_dim)
         self.config, self.length = config, config.text_config.max_position_embeddings
-        self.threshold, self.condition_ids = threshold, None  # (1, S), set by whoever has the tokenizer
+        self.threshold, self.condition_ids = threshold, None  # (1, S), set by `PromptFeatures`
 
     def encode_text(self, ids, mask):
         """-> projected text tokens (B, S, D), kept tokens (B, S), end-token features (B, D).
 
-        The mask is not used: the model was trained with its padding visible.
+        The mask is unused: the model was trained with visible padding.
         """
         out = self.model.text_model(torch.cat((ids, to_device(self.condition_ids, ids.device))))
         tokens = self.model.text_projection(out.last_hidden_state)  # (B + 1, S, D), after the final norm
@@ -137,7 +137,7 @@ class MPS(nn.Module):
         return tokens[:-1], keep, self.model.text_projection(out.pooler_output[:-1])
 
     def encode_image(self, pixels):
-        """-> projected image tokens (B, L, D), taken before the last norm."""
+        """-> projected image tokens (B, L, D), before the last norm."""
         with torch.autocast(pixels.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             states = self.model.vision_model(pixel_values=pixels).last_hidden_state
         return self.model.visual_projection(states.float())  # (B, L, Wv) -> (B, L, D)
@@ -151,7 +151,7 @@ class MPS(nn.Module):
 
 
 class Stub:
-    """Stands for any class of the pickle: takes every argument, keeps the state, does nothing."""
+    """Placeholder for any class of the pickle: ignores arguments and stores the state."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -170,16 +170,16 @@ def tensors(module: Stub, prefix: str = ""):
             yield from tensors(child, f"{prefix}{name}.")
 
 
-# where the classes of an MPS module come from
+# packages of the classes in an MPS module
 KNOWN = ("trainer.", "transformers.", "torch.nn.modules.", "torch._C._nn.")
 
 
 def read_pickled(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict of a pickled `nn.Module`, read through inert stand-ins for its classes.
+    """The state dict of a pickled `nn.Module`, read with placeholders for its classes.
 
-    torch's restricted unpickler is told that every class named in the file is an empty one that merely keeps
-    its state, so neither the package `trainer` nor transformers 4.27 is needed, nor any trust in the file.
-    Raises ValueError for a file of the old layout, or one that names anything outside of KNOWN.
+    torch's restricted unpickler maps every class named in the file to `Stub`, so no code of the file, the package
+    `trainer` or transformers 4.27 is executed. Raises ValueError for a file of torch's old format, or one that names
+    anything outside KNOWN.
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: refused, not a zip checkpoint; get MPS_overall_checkpoint.pth again")
@@ -190,5 +190,5 @@ def read_pickled(path: str | Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"it names {foreign[0]}")
         with torch.serialization.safe_globals([(type("Stub", (Stub,), {}), name) for name in names]):
             return dict(tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
-    except Exception as error:  # noqa: BLE001 - whatever the unpickler refuses, the file is not loaded
-        raise ValueError(f"{path}: refused, not a pickled MPS module ({weight_files.why(error)})") from None
+    except Exception as error:  # noqa: BLE001 - whatever the unpickler raises, the file is refused
+        raise ValueError(f"{path}: refused, not a pickled MPS module ({weight_files.pickle_error(error)})") from None

@@ -1,9 +1,9 @@
-"""The networks behind `rewards.py`: what happens between an image, a prompt and a number.
+"""The networks of the rewards: (pixels, prompt) -> raw score.
 
-HPSv2, PickScore and CLIPScore are a cosine of CLIP features; ImageReward is BLIP with a head; MPS is CLIP
-with a cross model (`pretrained/mps.py`). Backbones are transformers' (5.x; where 4.x differs a comment says so).
-Each network has `encode_text(ids, mask)`, a tuple of tensors that depend on the prompt alone and are cached,
-and `forward(pixels, *text) -> (B,)`. Shapes: B pairs, S text tokens, L image tokens, D joint width, W others.
+HPSv2, PickScore and CLIPScore are a cosine of CLIP features; ImageReward is BLIP with an MLP head; MPS is CLIP with a
+cross-attention model (`pretrained/mps.py`). Backbones are transformers' (5.x; comments say where 4.x differs).
+Each network has `encode_text(ids, mask)`, a tuple of tensors that depend only on the prompt and are cached, and
+`forward(pixels, *text) -> (B,)`. Shapes: B pairs, S text tokens, L image tokens, D joint width, W other widths.
 """
 
 import html
@@ -12,10 +12,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from transformers import (
     BertTokenizer,
@@ -27,71 +25,22 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from pretrained import reward_files
 from pretrained.mps import MPS
-from utils import images as pictures
 from utils.device import to_device
-from utils.images import CLIP_MEAN, CLIP_STD
-
-# ------------------------------------------------------------------------------------------- images -> pixels
-
-
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """By CLIP's statistics, which BLIP shares."""
-    return (x - x.new_tensor(CLIP_MEAN)[:, None, None]) / x.new_tensor(CLIP_STD)[:, None, None]
-
-
-def unit_range(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] -> [0, 1], clamped as in the paper's code; float32, as antialiasing knows no other on CPU."""
-    return (images.float() / 2 + 0.5).clamp(0, 1)
-
-
-def shortest_side(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) with the shorter side at `size`, the longer truncated as torchvision does."""
-    return (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
-
-
-def preprocess(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> normalised pixels (B, 3, size, size), differentiable.
-
-    The paper's path for every reward: shortest side to `size` by antialiased bicubic, centre crop, CLIP
-    statistics; equal to torchvision's. Bicubic overshoots [0, 1] by a few percent, which is not clamped.
-    """
-    return pictures.preprocess(images.float(), size, CLIP_MEAN, CLIP_STD)
-
-
-def preprocess_padded(images: torch.Tensor, size: int) -> torch.Tensor:
-    """HPSv2's own path, differentiable: the longest side to `size`, black borders, CLIP statistics."""
-    x = unit_range(images)
-    scale = size / max(x.shape[-2:])
-    height, width = round(x.shape[-2] * scale), round(x.shape[-1] * scale)
-    x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True)
-    top, left = (size - height) // 2, (size - width) // 2
-    return normalise(F.pad(x, (left, size - width - left, top, size - height - top)))
-
-
-def preprocess_8bit(images: torch.Tensor, size: int) -> torch.Tensor:
-    """The other repositories' own path: as `preprocess`, but 8-bit and with Pillow, so without a gradient."""
-    pixels = []
-    for image in (unit_range(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
-        height, width = shortest_side(*image.shape[:2], size)
-        resized = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-        top, left = round((height - size) / 2), round((width - size) / 2)
-        pixels.append(torch.from_numpy(resized[top : top + size, left : left + size]).permute(2, 0, 1) / 255)
-    return normalise(torch.stack(pixels).to(images.device))
-
 
 # --------------------------------------------------------------------------------------------- prompts -> ids
 
 
-CLEANED = ("hpsv2.1", "hpsv2.0", "clipscore")  # whose tokenizers repair the text first
+CLEANED = ("hpsv2.1", "hpsv2.0", "clipscore")  # rewards whose tokenizers clean the text first
 
 
 def clean(text: str) -> str:
-    """What the tokenizers of open_clip and OpenAI's CLIP do to a text first: repairs, then lower case.
+    """Text cleaning of the tokenizers of open_clip and OpenAI's CLIP, then lower case.
 
-    HTML entities; UTF-8 that was read as Windows-1252; ligatures and full-width forms; curly quotes; control
-    characters. They concern 1 % of real prompts. The originals use ftfy, which also finds mojibake inside
-    text that is otherwise sound; PickScore and MPS were trained without any of this.
+    Repairs HTML entities, UTF-8 read as Windows-1252 (mojibake), ligatures and full-width forms, curly quotes and
+    control characters, which affects 1 % of real prompts. The originals use ftfy, which also repairs mojibake in parts
+    of a text. PickScore and MPS were trained without cleaning.
     """
     text = html.unescape(html.unescape(text))
     try:
@@ -104,17 +53,17 @@ def clean(text: str) -> str:
 
 
 def respell(text: str) -> str:
-    """What open_clip calls the start and the end of a text, in OpenAI's words, which the vocabulary files have.
+    """Replace open_clip's start and end tokens by OpenAI's, which the vocabulary files have.
 
-    To open_clip those words in a prompt are ordinary text. A space between sign and letter keeps them that, and
-    changes nothing else: the pattern that cuts text into words cuts there anyway.
+    open_clip reads OpenAI's tokens in a prompt as ordinary text. A space inserted into them has the same effect here
+    and changes nothing else, as the tokenizer splits there anyway.
     """
     text = re.sub(r"<\|(start|end)oftext\|>", r"<| \1oftext |>", text)
     return re.sub("<(start|end)_of_text>", r"<|\1oftext|>", text)
 
 
 def original_text(name: str, prompt: str) -> str:
-    """A prompt as the tokenizer that a reward was trained with understands it."""
+    """A prompt as the tokenizer of the reward's training would read it."""
     prompt = clean(prompt) if name in CLEANED else prompt
     return respell(prompt) if name.startswith("hpsv2") else prompt
 
@@ -133,13 +82,13 @@ def tokenizer(name: str, folder) -> CLIPTokenizer | BertTokenizer:
 
 
 def sizes(width: int, layers: int, heads: int, **more) -> dict:
-    """A transformer in the library's words; all of them have a feed-forward four times as wide."""
+    """transformers' settings of a transformer whose MLP is four times as wide."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return {**dict(zip(names, (width, 4 * width, layers, heads), strict=True)), **more}
 
 
 def clip_vit_h() -> CLIPConfig:
-    """ViT-H-14 of HPSv2, PickScore and MPS, with the exact GELU: the library's default is QuickGELU."""
+    """ViT-H-14 of HPSv2, PickScore and MPS, with the exact GELU; transformers' default is QuickGELU."""
     return CLIPConfig(
         text_config=sizes(1024, 24, 16, hidden_act="gelu"),
         vision_config=sizes(1280, 32, 16, hidden_act="gelu", image_size=224, patch_size=14),
@@ -157,7 +106,7 @@ def clip_vit_b() -> CLIPConfig:
 
 
 def blip_large() -> BlipConfig:
-    """ImageReward: ViT-L/16, and BERT-base with cross-attention. The library's eps and heads differ."""
+    """ImageReward: ViT-L/16, and BERT-base with cross-attention. transformers' default eps and heads differ."""
     return BlipConfig(
         vision_config=sizes(1024, 24, 16, image_size=224, patch_size=16, layer_norm_eps=1e-6),
         text_config=sizes(768, 12, 12, encoder_hidden_size=1024, vocab_size=30524, is_decoder=True, pad_token_id=0),
@@ -165,13 +114,13 @@ def blip_large() -> BlipConfig:
 
 
 def run_tower(tower: nn.Module, pixels: torch.Tensor, dtype: torch.dtype):
-    """A vision tower in `dtype` autocast; everything outside of it stays float32."""
+    """Run a vision tower under autocast to `dtype`; everything else stays float32."""
     with torch.autocast(pixels.device.type, dtype=dtype, enabled=dtype != torch.float32):
         return tower(pixel_values=pixels)
 
 
 class Cosine(nn.Module):
-    """cos(image, text) of a CLIP; with `temperature` times exp(logit_scale), as PickScore has it."""
+    """cos(image, text) of a CLIP; with `temperature` multiplied by exp(logit_scale), as in PickScore."""
 
     dtype = torch.float32  # of the vision tower
 
@@ -181,7 +130,7 @@ class Cosine(nn.Module):
         self.config, self.length = config, config.text_config.max_position_embeddings
 
     def encode_text(self, ids, mask):
-        """-> unit text features (B, D). The first end token is pooled and sees no padding, so the mask is not used."""
+        """-> unit text features (B, D), of the first end token, which does not see padding: the mask is unused."""
         # In transformers 4.x get_text_features returns the projected feature itself, not an object.
         return (F.normalize(self.model.get_text_features(ids).pooler_output, dim=-1),)
 
@@ -196,9 +145,9 @@ class Cosine(nn.Module):
 
 
 class ImageReward(nn.Module):
-    """BERT reads the prompt while it looks at the image; a head turns its [CLS] state into the raw score.
+    """BERT encodes the prompt with cross-attention to the image; an MLP maps its [CLS] state to the raw score.
 
-    The raw score is what the paper tabulates; ImageReward itself publishes the standardised one (`rewards.SCALE`).
+    The paper's tables print the raw score; ImageReward itself reports the standardised one (`rewards.SCALE`).
     """
 
     dtype = torch.float32
@@ -210,25 +159,24 @@ class ImageReward(nn.Module):
         self.text_model = BlipTextModel(config.text_config, add_pooling_layer=False)
         widths = [config.text_config.hidden_size, *getattr(config, "mlp_widths", (1024, 128, 64, 16)), 1]
         linear = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
-        first = [module for layer in linear[:3] for module in (layer, nn.Identity())]  # dropouts stood between them
-        self.mlp = nn.ModuleDict({"layers": nn.Sequential(*first, *linear[3:])})  # no activations: that is published
+        first = [module for layer in linear[:3] for module in (layer, nn.Identity())]  # in place of dropouts
+        self.mlp = nn.ModuleDict({"layers": nn.Sequential(*first, *linear[3:])})  # no activations, as published
 
     def encode_text(self, ids, mask):
-        """-> ids and mask (B, S): the text is read together with the image, so no features can be kept."""
+        """-> ids and mask (B, S): the text is encoded together with the image, so only tokens can be cached."""
         return ids, mask
 
     def forward(self, pixels, ids, mask):
         image = run_tower(self.vision_model, pixels, self.dtype).last_hidden_state.float()  # (B, L, Wv)
-        # As it is added to the scores, (B, 1, 1, S): of the mask itself transformers asks whether it hides anything,
-        # and the host would wait for a GPU's answer.
+        # The additive mask, (B, 1, 1, S): given a boolean one, transformers checks if it is all ones, which syncs.
         hidden = (1 - mask[:, None, None].float()) * torch.finfo(torch.float32).min
-        # Configured with is_decoder, to own cross-attention, but called without, or the text would be causal.
+        # Configured with is_decoder to have cross-attention, but called without, as the text is not causal.
         text = self.text_model(ids, hidden, encoder_hidden_states=image, is_decoder=False)
         return self.mlp["layers"](text.last_hidden_state[:, 0]).squeeze(-1)  # (B, S, Wt) -> (B,)
 
 
 def build_meta(name: str, folder=None) -> nn.Module:
-    """A reward's network on the meta device, of the sizes in `folder`'s config.json or the published ones."""
+    """A reward's network on the meta device, with the sizes of `folder`'s config.json or the published ones."""
     read = BlipConfig if name == "imagereward" else CLIPConfig
     published = {"imagereward": blip_large, "clipscore": clip_vit_b}.get(name, clip_vit_h)
     config = read.from_pretrained(folder) if folder else published()
@@ -244,10 +192,10 @@ def build_meta(name: str, folder=None) -> nn.Module:
 
 
 def rename(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a reward's checkpoint under the names of its network."""
+    """Rename the tensors of a reward's checkpoint to those of its network."""
     if name == "imagereward":
         return from_imagereward(state)
-    if name == "mps":  # written with the names that it is read with
+    if name == "mps":  # its checkpoint has the network's names
         return state
     state = from_open_clip(state) if "visual.conv1.weight" in state else state
     return {f"model.{key}": value for key, value in state.items()}
@@ -267,7 +215,7 @@ def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     parts = {
         "visual.transformer.resblocks.": "vision_model.encoder.layers.",
         "transformer.resblocks.": "text_model.encoder.layers.",
-        "visual.ln_pre.": "vision_model.pre_layrnorm.",  # the library's spelling
+        "visual.ln_pre.": "vision_model.pre_layrnorm.",  # sic
         "visual.ln_post.": "vision_model.post_layernorm.",
         "ln_final.": "text_model.final_layer_norm.",
         ".ln_1.": ".layer_norm1.",
@@ -284,13 +232,13 @@ def from_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if ".in_proj_" in key:
             for letter, third in zip("qkv", value.chunk(3), strict=True):
                 out[key.replace("in_proj_", f"{letter}_proj.")] = third
-        else:  # the two projections are stored for x @ W; the text's is square, so no shape would tell
+        else:  # the projections are stored for x @ W; the text's is square, so its shape shows nothing
             out[key] = value.T if key in ("visual_projection.weight", "text_projection.weight") else value
     return out
 
 
 def from_imagereward(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """ImageReward's names -> transformers' BLIP; two projections that the score never uses are left out."""
+    """ImageReward's names -> transformers' BLIP; drops two projections that the score does not use."""
     names = {
         "blip.text_encoder.": "text_model.",
         "blip.visual_encoder.": "vision_model.",
@@ -314,9 +262,9 @@ def from_imagereward(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_strict(network: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> nn.Module:
-    """Puts `state` into a network on the meta device: every key accounted for, float32, frozen, eval mode.
+    """Load `state` strictly into a network on the meta device, in float32; frozen, in eval mode.
 
-    Raises ValueError naming `origin` and the keys that are missing, unexpected or misshaped.
+    Raises ValueError that names `origin` and the missing, unexpected or misshaped keys.
     """
     state = {key: value.float() for key, value in state.items() if not key.endswith("position_ids")}
     shapes = {key: tuple(value.shape) for key, value in state.items()}
@@ -325,88 +273,85 @@ def load_strict(network: nn.Module, state: dict[str, torch.Tensor], origin: str 
     wrong += [f"unexpected {key}" for key in shapes if key not in wanted]
     wrong += [f"{k} is {shapes[k]}, not {wanted[k]}" for k in wanted if k in shapes and shapes[k] != wanted[k]]
     if wrong:
-        raise ValueError(f"{origin}: not this reward's: {len(wrong)} keys do not fit: {'; '.join(wrong[:3])}")
+        raise ValueError(f"{origin}: another model's file: {len(wrong)} keys do not fit: {'; '.join(wrong[:3])}")
     network.load_state_dict(state, assign=True)
     for module in network.modules():
-        if hasattr(module, "position_ids"):  # not in the file, or not needed from it, and still without values
+        if hasattr(module, "position_ids"):  # not read from the file, and still on the meta device
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
     return network.requires_grad_(False).eval()
 
 
 def text_tower(network: nn.Module) -> list[nn.Module]:
-    """What reads a prompt once and for all: nothing of ImageReward, which looks at each image while it reads."""
+    """Modules whose output depends on the prompt only; ImageReward has none."""
     return [] if isinstance(network, ImageReward) else [network.model.text_model, network.model.text_projection]
 
 
 def to_bf16(network: nn.Module, dtype: torch.dtype) -> None:
-    """Runs the vision tower in `dtype`. Its matrices are kept so: autocast would round them again at every call."""
+    """Run the vision tower in `dtype`. Its linear layers are stored in it, or autocast would cast them at each call."""
     network.dtype = dtype
     for module in getattr(network, "model", network).vision_model.modules():
         if isinstance(module, nn.Linear):
             module.to(dtype)
 
 
-# ----------------------------------------------------------------------------------------------------- reward
+# --------------------------------------------------------------------------------------------- prompts and loading
 
 
-class Reward:
-    """`reward(images, prompts) -> (B,)`: the raw score; the loss sees it after `rescale`.
+class PromptFeatures:
+    """Tokenize and embed the prompts of a reward: `text(prompts, device)` -> the text arguments of `network`, B rows.
 
-    images: float (B, 3, H, W) in [-1, 1], any size, differentiable; prompts: B strings. The network is frozen.
-    Whatever autocast surrounds the call, all but the vision tower is float32, and that too unless `network.dtype`
-    is lower.
-    scale: (offset, factor), this reward's line of `rewards.SCALE`. `prepare` turns images into pixels.
+    Embeddings have no gradient; those of the latest `kept` prompts are cached.
     """
 
-    kept = 1024  # prompts whose text features are remembered
+    kept = 1024
 
-    def __init__(self, name: str, network: nn.Module, tokenizer, scale: tuple[float, float]):
+    def __init__(self, name: str, network: nn.Module, tokenizer):
         self.name, self.network, self.tokenizer = name, network, tokenizer
-        self.offset, self.factor = scale
-        self.size, self.prepare, self.cache = network.config.vision_config.image_size, preprocess, {}
-        self.text_device = None  # where the prompts are encoded; None: where the images are
+        self.cache: dict[str, list[torch.Tensor]] = {}
+        self.device = None  # where prompts are embedded; None: where the images are
         entries = network.config.text_config.vocab_size
-        if not 0 <= entries - len(tokenizer) <= 2:  # ImageReward has two tokens more, which no prompt contains
+        if not 0 <= entries - len(tokenizer) <= 2:  # ImageReward has two more tokens, which no prompt contains
             raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} entries, the checkpoint {entries}")
-        if name != "imagereward":  # published configs say 2, a value the library treats in a way of its own
+        if name != "imagereward":  # published configs say 2, which transformers treats as a special case
             network.model.text_model.eos_token_id = tokenizer.eos_token_id
         if name == "mps":
             network.condition_ids = self.ids([network.condition])[0]
 
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"{self.name}: images must be (B, 3, H, W), not {tuple(images.shape)}")
-        if isinstance(prompts, str) or len(prompts) != len(images):
-            raise ValueError(f"{self.name}: one prompt an image, in a list; got {prompts!r:.60} for {len(images)}")
-        with torch.autocast(images.device.type, enabled=False):
-            return self.network(self.prepare(images, self.size), *self.text(prompts, images.device))
-
-    def on_cpu(self) -> None:
-        """Encode prompts there from now on."""
-        for part in text_tower(self.network):
-            part.to("cpu")
-            self.text_device = "cpu"
-
-    def rescale(self, raw: torch.Tensor) -> torch.Tensor:
-        """Raw scores brought to about [0, 1]."""
-        return (raw + self.offset) * self.factor
-
-    def ids(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask (B, S); a prompt that is too long loses its tail but keeps the end token."""
-        texts = [original_text(self.name, prompt) for prompt in prompts]
-        length = {"padding": "max_length", "truncation": True, "max_length": self.network.length}
-        out = self.tokenizer(texts, return_tensors="pt", **length)
-        return out.input_ids, out.attention_mask
-
-    def text(self, prompts: list[str], device) -> list[torch.Tensor]:
-        """What the network keeps of each prompt, stacked over the batch; computed once, without gradient."""
+    def __call__(self, prompts: list[str], device) -> list[torch.Tensor]:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
         if new:
             with torch.no_grad():
-                columns = self.network.encode_text(*(to_device(x, self.text_device or device) for x in self.ids(new)))
+                columns = self.network.encode_text(*(to_device(x, self.device or device) for x in self.ids(new)))
                 rows = ([to_device(column[i].clone(), device) for column in columns] for i in range(len(new)))
                 self.cache.update(zip(new, rows, strict=True))
         rows = [self.cache[prompt] for prompt in prompts]
         for prompt in list(self.cache)[: -self.kept]:
             del self.cache[prompt]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+    def ids(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask (B, S). A prompt that is too long is cut but keeps the end token."""
+        texts = [original_text(self.name, prompt) for prompt in prompts]
+        length = {"padding": "max_length", "truncation": True, "max_length": self.network.length}
+        out = self.tokenizer(texts, return_tensors="pt", **length)
+        return out.input_ids, out.attention_mask
+
+    def on_cpu(self) -> None:
+        """Move the text tower to the CPU and embed prompts there."""
+        for part in text_tower(self.network):
+            part.to("cpu")
+            self.device = "cpu"
+
+
+def load(name: str, source: str | Path | None, device, dtype: torch.dtype | None) -> tuple[nn.Module, PromptFeatures]:
+    """The network of a reward with its weights, and its prompt features; see `rewards.load`."""
+    path = reward_files.find_checkpoint(name, source)
+    vocabulary = reward_files.find_vocabulary(name, path.parent)
+    reward_files.check_digest(name, path)
+    config = path.parent if (path.parent / "config.json").is_file() else None
+    network, words = build_meta(name, config), tokenizer(name, vocabulary)
+    load_strict(network, rename(name, reward_files.read_checkpoint(name, path)), path)
+    text = PromptFeatures(name, network.to(device), words)
+    if dtype is not None:
+        to_bf16(network, dtype)
+    return network, text

@@ -1,7 +1,7 @@
-"""Prompts -> the UNet's conditioning, on transformers' CLIP text models. SD1.5 and SDXL differ here only.
+"""Prompts -> the UNet's conditioning, by transformers' CLIP text models. The only file where SD1.5 and SDXL differ.
 
-SD1.5 and the tiny base: one encoder, its last states. SDXL: two encoders, their penultimate states side by side, the
-second one's pooled text, and the image size. S text tokens, D width of the states.
+SD1.5 and the tiny base: the last hidden states of one encoder. SDXL: the penultimate hidden states of two encoders,
+concatenated, the second one's pooled text feature, and the image size. S text tokens, D width of the states.
 """
 
 import torch
@@ -9,22 +9,22 @@ from torch import Tensor
 
 from utils.device import to_device
 
-CACHE_BYTES = 2**29  # features of the latest prompts that are kept
-BATCH = 32  # prompts that a GPU encodes at once
+CACHE_BYTES = 2**29  # size limit of the cached prompt embeddings
+BATCH = 32  # prompts per batch on a GPU
 
 
 class TextEncoder:
     """Frozen text encoders and their tokenizers. `encoder(prompts, size)` gives the keyword arguments of the UNet.
 
-    What a prompt gave is remembered. On a CPU it is encoded alone, so that its features never depend on its company; a
-    GPU, which one prompt leaves idle, takes several at once.
+    Embeddings are cached. On a CPU prompts are encoded one at a time, so an embedding does not depend on the rest of
+    the batch; on a GPU they are batched.
     """
 
     def __init__(self, models: list, tokenizers: list):
         self.models = [model.eval().requires_grad_(False) for model in models]
         self.tokenizers = tokenizers
         self.cache: dict[str, dict[str, Tensor]] = {}
-        self.device = models[0].device  # where the features are wanted
+        self.device = models[0].device  # of the returned embeddings
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> "TextEncoder":
         self.models = [model.to(device, dtype) for model in self.models]
@@ -33,14 +33,14 @@ class TextEncoder:
         return self
 
     def on_cpu(self) -> None:
-        """Encode and remember there from now on; what a call returns is still on the device."""
+        """Move the encoders and the cache to the CPU; calls still return tensors on the original device."""
         self.models = [model.to("cpu") for model in self.models]
         self.cache.clear()
 
     def __call__(self, prompts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
-        """`size`: height and width in pixels, which only SDXL asks for.
+        """Embed prompts. size: height and width in pixels, used by SDXL only.
 
-        Returns context (B, S, D) and for SDXL pooled (B, 1280), in the encoders' dtype, and time_ids (B, 6), float32.
+        Returns context (B, S, D) and, for SDXL, pooled (B, 1280), in the encoders' dtype, and time_ids (B, 6), float32.
         """
         features = self.features(prompts)
         conditioning = {key: to_device(torch.cat([f[key] for f in features]), self.device) for key in features[0]}
@@ -51,7 +51,7 @@ class TextEncoder:
         return conditioning
 
     def features(self, prompts: list[str]) -> list[dict[str, Tensor]]:
-        """Of each prompt: context (1, S, D), for SDXL also pooled (1, 1280)."""
+        """Per prompt: context (1, S, D) and, for SDXL, pooled (1, 1280)."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
         together = 1 if self.models[0].device.type == "cpu" else BATCH
         for batch in (new[at : at + together] for at in range(0, len(new), together)):
@@ -68,7 +68,7 @@ class TextEncoder:
         for model, tokenizer in zip(self.models, self.tokenizers, strict=True):
             length = model.config.max_position_embeddings
             tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            with torch.autocast(model.device.type, enabled=False):  # the same inside and outside of autocast
+            with torch.autocast(model.device.type, enabled=False):  # same result inside and outside autocast
                 outputs.append(model(to_device(tokens.input_ids, model.device), output_hidden_states=True))
         if len(outputs) == 1:
             states = {"context": outputs[0].last_hidden_state}

@@ -1,7 +1,7 @@
-"""Files of weights: find them on disk or in the hub's cache, read them, never run them.
+"""Weight files: find them on disk or in the hub's cache and read them, without executing a pickle.
 
-A source is "tiny", "sd15", "sdxl", a folder (a pipeline's or a component's own), a single file, or a hub id; a place is
-the folder of one component, or the single file that holds it.
+A source is "tiny", "sd15", "sdxl", a folder (a pipeline's or a component's), a single file, or a hub id. A place is
+the folder of one component, or the single file that contains it.
 """
 
 import json
@@ -17,14 +17,14 @@ BASES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-MOVED = {BASES["sd15"]: "runwayml/stable-diffusion-v1-5"}  # gone from the hub, still in many caches
+MOVED = {BASES["sd15"]: "runwayml/stable-diffusion-v1-5"}  # removed from the hub, still in many caches
 SINGLE = {
     BASES["sd15"]: "v1-5-pruned-emaonly.safetensors (4.3 GB)",
     BASES["sdxl"]: "sd_xl_base_1.0.safetensors (6.9 GB)",
 }
 CLASSES = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 ADAPTER = "pytorch_lora_weights.safetensors"
-NAMES = {  # where a component may lie in a folder; the authors publish `original_unet/` and `fine_tuned_unet/`
+NAMES = {  # subfolders of a component; the authors publish `original_unet/` and `fine_tuned_unet/`
     "unet": ("unet", "original_unet"),
     "tuned_unet": ("fine_tuned_unet", "unet", ADAPTER),
 }
@@ -42,25 +42,25 @@ ENDINGS = (
 
 
 class Inert:
-    """Stands for a class that some official `.ckpt` names and that no tensor needs: it does nothing."""
+    """Placeholder for a class that an official `.ckpt` names but no tensor needs: it does nothing."""
 
 
 INERT = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
 
 
 def read_json(path: Path) -> dict:
-    """Raises ValueError when the file is no JSON object."""
+    """The JSON object in a file. Raises ValueError if it contains anything else."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a JSON object")
+        raise ValueError(f"{path}: contains a {type(content).__name__}, not a JSON object")
     return content
 
 
-def why(error: Exception) -> str:
-    """What torch's unpickler found, in one sentence, without its advice on how to load the file all the same."""
+def pickle_error(error: Exception) -> str:
+    """The reason of torch's unpickler in one sentence, without its advice on how to load the file anyway."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
     return re.split(r"\.\s|\n", text)[0] or type(error).__name__
 
@@ -68,9 +68,9 @@ def why(error: Exception) -> str:
 def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     """Every tensor of one weight file, memory-mapped where the format allows.
 
-    `.safetensors` is read as such; `.ckpt`, `.pt`, `.pth` and `.bin` by torch's restricted unpickler, which builds
-    tensors and plain containers only; an outer `state_dict` is unwrapped. Raises FileNotFoundError, or ValueError
-    when the file is damaged, is a Git LFS pointer, or would need code to be run.
+    `.ckpt`, `.pt`, `.pth` and `.bin` are read by torch's restricted unpickler, which builds only tensors and plain
+    containers; an outer `state_dict` is unwrapped. Raises FileNotFoundError, or ValueError if the file is damaged, is
+    a Git LFS pointer, or needs code to be executed.
     """
     path = Path(path)
     if not path.is_file():
@@ -89,29 +89,30 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # noqa: BLE001 - whatever the unpickler refuses, the file is not loaded
-        raise ValueError(f"{path}: refused, holds more than plain tensors or is damaged ({why(error)})") from None
+    except Exception as error:  # noqa: BLE001 - whatever the unpickler raises, the file is refused
+        reason = f"contains more than plain tensors or is damaged ({pickle_error(error)})"
+        raise ValueError(f"{path}: refused, {reason}") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
+        raise ValueError(f"{path}: contains a {type(state).__name__}, not a dictionary of tensors")
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside its tensors; nothing for other files."""
+    """The metadata in the header of a safetensors file; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError):
-        return read_file(path) and {}  # which says what is wrong
+        return read_file(path) and {}  # raises the error
 
 
 def weight_files(place: Path) -> list[Path]:
     """The weight files of a component: full precision before half, safetensors before pickles, shards in order.
 
-    Raises FileNotFoundError when there are none, or when an index names a shard that is not there.
+    Raises FileNotFoundError if there are none, or if an index names a missing shard.
     """
     if place.is_file():
         return [place]
@@ -135,8 +136,8 @@ def read(place: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for path in weight_files(place) for key, tensor in read_file(path).items()}
 
 
-def within(folder: Path, component: str) -> Path | None:
-    """The place of a component in a folder, or None. Raises FileNotFoundError where a `config.json` is missing."""
+def find_in_folder(folder: Path, component: str) -> Path | None:
+    """The place of a component in a folder, or None. Raises FileNotFoundError if its `config.json` is missing."""
     for place in (folder / name for name in NAMES.get(component, (component,))):
         if place.is_file() or (place / "config.json").is_file():
             return place
@@ -150,12 +151,12 @@ def within(folder: Path, component: str) -> Path | None:
     if any(path.name.startswith(STEMS) for path in files):
         raise FileNotFoundError(f"{folder}: no config.json; copy it from where the weights came from")
     if len(files) > 1:
-        raise ValueError(f"{folder}: holds {', '.join(path.name for path in files[:3])}; name one of the files")
+        raise ValueError(f"{folder}: contains {', '.join(path.name for path in files[:3])}; name one of the files")
     return files[0] if files else None
 
 
 def snapshots(repo: str) -> list[Path]:
-    """The folders of a repository in the hub's local cache, without asking the hub."""
+    """The snapshot folders of a repository in the hub's local cache, without a request to the hub."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
@@ -166,7 +167,7 @@ def snapshots(repo: str) -> list[Path]:
 
 
 def download(repo: str, component: str) -> Path:
-    """Fetch one component of a hub repository, for a text encoder also its tokenizer. Raises OSError when it cannot."""
+    """Download one component of a hub repository, and the tokenizers with a text encoder. Raises OSError on failure."""
     from huggingface_hub import constants, snapshot_download
 
     if constants.HF_HUB_OFFLINE:
@@ -182,17 +183,17 @@ def download(repo: str, component: str) -> Path:
 
 
 def find_in_hub(source: str, component: str) -> Path:
-    """A component of a hub repository: from the local cache, else downloaded."""
+    """The place of a component of a hub repository: in the local cache, else downloaded."""
     repo = BASES.get(source, source)
     for folder in snapshots(repo) + snapshots(MOVED.get(repo, repo)):
         try:
-            place = within(folder, component)
+            place = find_in_folder(folder, component)
             if place and weight_files(place):
                 return place
         except FileNotFoundError:
-            continue  # half downloaded
+            continue  # partly downloaded
     try:
-        place = within(download(repo, component), component)
+        place = find_in_folder(download(repo, component), component)
         if place:
             return place
         reason = "the repository has none"
@@ -210,13 +211,13 @@ def find_in_hub(source: str, component: str) -> Path:
 def find(source: str | Path, component: str) -> Path:
     """The place of "unet", "vae", "text_encoder", "text_encoder_2" or "tuned_unet" in a source.
 
-    Raises FileNotFoundError that says what to get and where to put it.
+    Raises FileNotFoundError that names the files to get and where to put them.
     """
     place = Path(BASES.get(str(source), source))
     if place.is_file():
         return place
     if place.is_dir():
-        found = within(place, component)
+        found = find_in_folder(place, component)
         if found is None:
             raise FileNotFoundError(f"{place}: no {component}/config.json in it, nor a single file of weights")
         return found
@@ -226,16 +227,16 @@ def find(source: str | Path, component: str) -> Path:
 
 
 def find_tokenizer(place: Path, name: str) -> Path:
-    """The folder of a tokenizer, for the place of its text encoder: beside it, else in the hub's local cache.
+    """The tokenizer's folder, given the place of its text encoder: next to it, else in the hub's local cache.
 
     All text encoders of SD1.5 and SDXL share one vocabulary. Raises FileNotFoundError.
     """
-    beside = [place.parent / name, place.parent / "tokenizer", place.parent]
+    siblings = [place.parent / name, place.parent / "tokenizer", place.parent]
     cached = [f / "tokenizer" for repo in (*SINGLE, *MOVED.values()) for f in snapshots(repo)]
-    for folder in beside + cached + snapshots("openai/clip-vit-large-patch14"):
+    for folder in siblings + cached + snapshots("openai/clip-vit-large-patch14"):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return folder
     raise FileNotFoundError(
-        f"{place}: no {name}/vocab.json beside it; put vocab.json and merges.txt of "
-        f"huggingface.co/{BASES['sd15']}/tree/main/tokenizer into {beside[1]}"
+        f"{place}: no {name}/vocab.json next to it; put vocab.json and merges.txt of "
+        f"huggingface.co/{BASES['sd15']}/tree/main/tokenizer into {siblings[1]}"
     )

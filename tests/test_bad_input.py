@@ -12,11 +12,10 @@ from PIL import Image
 from recipe import GOLDEN, mini_base
 
 import evaluate
-import rewards
 import sample
 import train
 import weights
-from tiny import pretrain
+from pretrained import reward_commands
 from training.presets import TUNED
 from utils import cli
 
@@ -26,8 +25,8 @@ CALL: dict[str, Callable[[list[str]], None]] = {
     "pretrain": lambda argv: cli.run(pretrain.main, pretrain.parse_args(argv)),
     "sample": lambda argv: cli.run(sample.main, sample.parse_args(argv)),
     "evaluate": lambda argv: cli.run(evaluate.main, evaluate.parse_args(argv)),
-    "weights": lambda argv: cli.run(weights.main, weights.arguments(argv)),
-    "rewards": lambda argv: sys.exit(rewards.main(argv)),
+    "weights": lambda argv: cli.run(weights.main, weights.parse_args(argv)),
+    "rewards": lambda argv: sys.exit(reward_commands.main(argv)),
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LONE = "half a \ud83d smiley"  # a surrogate without its other half

@@ -50,11 +50,17 @@ def source(path: Path, name: str) -> str:
 
 @cache
 def flags(path: Path) -> frozenset[str]:
-    """The flags of a command: first arguments of `add(...)` and `add_argument(...)` that begin with two dashes."""
+    """The flags of a command: first arguments of `add(...)` and `add_argument(...)` that begin with two dashes.
+
+    Also those of a project module from which the command imports `parse_args` or `main`.
+    """
+    imports = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and node.module]
+    parsers = [node.module for node in imports if {"parse_args", "main"} & {alias.name for alias in node.names}]
+    imported = (flags(ROOT / f"{module.replace('.', '/')}.py") for module in parsers)
     calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and node.args]
     adds = [c for c in calls if getattr(c.func, "id", getattr(c.func, "attr", "")) in ("add", "add_argument")]
     given = [str(argument.value) for call in adds for argument in call.args if isinstance(argument, ast.Constant)]
-    return frozenset(argument for argument in given if argument.startswith("--"))
+    return frozenset(argument for argument in given if argument.startswith("--")).union(*imported)
 
 
 def code_files() -> list[Path]:

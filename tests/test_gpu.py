@@ -17,13 +17,11 @@ from test_text import pipeline  # noqa: F401
 ROOT = Path(__file__).parent.parent
 PRETENDED = ROOT / "tests" / "pretended_gpu.py"
 OUTSIDE = {  # of a pass, where a run may wait: when it loads, saves and draws pictures, and at the end of an update
-    "weights.py": {"converted", "save_unet"},
-    "pretrained/loading.py": {"converted"},
+    "pretrained/loading.py": {"convert_tensors"},
     "pretrained/saving.py": {"save_unet"},
-    "rewards.py": {"load"},
     "metrics.py": {"clip_features"},
     "pretrained/text_encoder.py": {"on_cpu"},
-    "pretrained/reward_networks.py": {"on_cpu"},
+    "pretrained/reward_networks.py": {"load", "on_cpu"},
     "train.py": {"main"},  # optimizer.step
     "tiny/pretrain.py": {"main", "load_models"},
     "training/models.py": {"load_models"},
@@ -116,7 +114,8 @@ for key in ("context", "pooled", "time_ids"):
     )
     run(PRETENDED, "--report", tmp_path / "report", script)
     waits = json.loads((tmp_path / "report").read_text())["waits"]
-    assert {file for _, file, *_ in waits} <= {"weights.py", "elsewhere"}  # which loads it, and the script itself
+    # loading, and the script itself
+    assert {file for _, file, *_ in waits} <= {"pretrained/loading.py", "elsewhere"}
 
 
 def test_rewards_are_those_of_the_cpu_and_wait_for_nothing(folders, tmp_path):  # noqa: F811
@@ -139,7 +138,9 @@ for folder in {[str(folders[name]) for name in NAMES]}:
     )
     run(PRETENDED, "--report", tmp_path / "report", script)
     waits = json.loads((tmp_path / "report").read_text())["waits"]
-    assert {file for _, file, *_ in waits} <= {"rewards.py", "elsewhere"}  # which loads them, and the script itself
+    # loading, and the script itself
+    loads = {("pretrained/reward_networks.py", "load"), ("elsewhere", "")}
+    assert {(file, function) for _, file, function, *_ in waits} <= loads
 
 
 def test_what_would_fail_on_a_gpu_fails_here(tmp_path):

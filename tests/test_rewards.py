@@ -31,7 +31,7 @@ GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))
 
 import rewards  # noqa: E402
-from pretrained import mps  # noqa: E402
+from pretrained import mps, preprocess, reward_commands, reward_files  # noqa: E402
 from pretrained import reward_networks as models  # noqa: E402
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -286,18 +286,18 @@ def test_resizing_equals_torchvision_and_pillow():
     g = golden("resize_golden")
     for name, shape in (("wide", (3, 96, 128)), ("tall", (3, 130, 70)), ("large", (3, 301, 419))):
         images = rnd(f"resize.{name}", *shape).clamp(0, 1)[None] * 2 - 1
-        torch.testing.assert_close(models.preprocess(images, 224)[0], g[f"{name}.tensor_path"], rtol=0, atol=3e-6)
-        ours, theirs = models.preprocess_8bit(images, 224)[0], g[f"{name}.pil_path_uint8"]
-        torch.testing.assert_close(ours, models.normalise(theirs / 255), rtol=0, atol=1e-6)
+        torch.testing.assert_close(preprocess.preprocess(images, 224)[0], g[f"{name}.tensor_path"], rtol=0, atol=3e-6)
+        ours, theirs = preprocess.preprocess_8bit(images, 224)[0], g[f"{name}.pil_path_uint8"]
+        torch.testing.assert_close(ours, preprocess.normalise(theirs / 255), rtol=0, atol=1e-6)
 
 
 def test_padding_to_a_square_keeps_the_whole_picture_in_the_middle():
-    pixels = models.preprocess_padded(torch.ones(1, 3, 512, 768), 224)
-    black = models.normalise(torch.zeros(1, 3, 1, 1))
+    pixels = preprocess.preprocess_padded(torch.ones(1, 3, 512, 768), 224)
+    black = preprocess.normalise(torch.zeros(1, 3, 1, 1))
     white = (pixels - black).abs().amax(1)[0] > 1
     assert not white[:37].any() and white[37:186].all() and not white[186:].any()  # 149 rows, one more below
     square = rnd("square", 1, 3, 90, 90).clamp(-1, 1)
-    assert torch.equal(models.preprocess_padded(square, 56), models.preprocess(square, 56))
+    assert torch.equal(preprocess.preprocess_padded(square, 56), preprocess.preprocess(square, 56))
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizers
@@ -320,15 +320,15 @@ def full_vocabularies(tmp_path_factory):
     return clip, bert
 
 
-def bare_reward(name: str, folder: Path) -> models.Reward:
-    """A reward that can tokenize, with the published sizes and no weights."""
-    return models.Reward(name, models.build_meta(name), models.tokenizer(name, folder), rewards.SCALE[name])
+def bare_text(name: str, folder: Path) -> models.PromptFeatures:
+    """The prompts of a reward that can only tokenize, with the published sizes and no weights."""
+    return models.PromptFeatures(name, models.build_meta(name), models.tokenizer(name, folder))
 
 
 @pytest.mark.parametrize("name, field", [("hpsv2.1", "open_clip"), ("clipscore", "openai"), ("mps", "hf_clip")])
 def test_clip_token_ids_equal_the_originals(name, field, full_vocabularies):
     prompts = json.loads((GOLDEN / "tokenizer_golden.json").read_text())["prompts"]
-    ids, mask = bare_reward(name, full_vocabularies[0]).ids([prompt["text"] for prompt in prompts])
+    ids, mask = bare_text(name, full_vocabularies[0]).ids([prompt["text"] for prompt in prompts])
     for row, kept, prompt in zip(ids.tolist(), mask.sum(-1).tolist(), prompts, strict=True):
         assert row == prompt.get(field, prompt["open_clip"]), prompt["text"]  # OpenAI's are told where they differ
         assert row[kept - 1] == 49407
@@ -337,20 +337,20 @@ def test_clip_token_ids_equal_the_originals(name, field, full_vocabularies):
 def test_special_tokens_in_a_prompt_are_those_of_the_original_tokenizer(full_vocabularies):
     texts = ["a <START_OF_TEXT> a <end_of_text> a", "a <|STARTOFTEXT|> a <|endoftext|> a"]
     spelled = [49406, 320, 49406, 320, 49407, 320, 49407]
-    hps, clip = (bare_reward(name, full_vocabularies[0]).ids(texts)[0].tolist() for name in ("hpsv2.1", "clipscore"))
+    hps, clip = (bare_text(name, full_vocabularies[0]).ids(texts)[0].tolist() for name in ("hpsv2.1", "clipscore"))
     assert hps[0][:8] == [*spelled, 0] and 49406 not in hps[1][1:] and hps[1].count(49407) == 1
     assert clip[1][:8] == [*spelled, 0] and 49406 not in clip[0][1:] and clip[0].count(49407) == 1
 
 
 def test_bert_token_ids_equal_the_original(full_vocabularies):
     prompts = json.loads((GOLDEN / "tokenizer_golden.json").read_text())["prompts"]
-    ids, mask = bare_reward("imagereward", full_vocabularies[1]).ids([prompt["text"] for prompt in prompts])
+    ids, mask = bare_text("imagereward", full_vocabularies[1]).ids([prompt["text"] for prompt in prompts])
     assert ids.tolist() == [prompt["bert"] for prompt in prompts]
     assert mask.sum(-1).tolist() == [prompt["bert_length"] for prompt in prompts]
 
 
 def test_mps_condition_is_47_tokens(full_vocabularies):
-    ids = bare_reward("mps", full_vocabularies[0]).network.condition_ids
+    ids = bare_text("mps", full_vocabularies[0]).network.condition_ids
     assert torch.equal(ids, golden("mps_mini")["condition_ids"])
     assert (ids != 49407).sum() == 46
 
@@ -370,7 +370,7 @@ def test_the_end_token_is_the_tokenizers_whatever_the_config_says(published, fol
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     write_vocabulary(tmp_path)
     with pytest.raises(ValueError, match="514 entries, the checkpoint 49408"):
-        bare_reward("hpsv2.1", tmp_path)
+        bare_text("hpsv2.1", tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------- full-size key lists
@@ -459,11 +459,11 @@ def test_no_parameter_of_a_reward_gets_a_gradient(name, loaded):
 @each_reward
 def test_a_score_depends_neither_on_its_batch_nor_on_the_cache(name, loaded):
     reward, images, prompts = loaded[name], pictures(3), ["a red fox", "", "fox, light, color, 4k " * 9]
-    reward.cache.clear()
+    reward.text.cache.clear()
     together = reward(images, prompts)
     assert torch.equal(together, reward(images, prompts))  # from the cache
     for i in (2, 0, 1):
-        reward.cache.clear()
+        reward.text.cache.clear()
         alone = reward(images[i : i + 1], prompts[i : i + 1])
         torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-6, atol=1e-5)
     assert (together - together.mean()).abs().max() > 1e-3  # and the pairs do differ
@@ -471,11 +471,11 @@ def test_a_score_depends_neither_on_its_batch_nor_on_the_cache(name, loaded):
 
 def test_the_cache_is_bounded_and_serves_training_after_an_evaluation(loaded, monkeypatch):
     reward, images = loaded["pickscore"], pictures(3)
-    monkeypatch.setattr(models.Reward, "kept", 2)
-    reward.cache.clear()
+    monkeypatch.setattr(models.PromptFeatures, "kept", 2)
+    reward.text.cache.clear()
     with torch.inference_mode():
         evaluated = reward(images, ["red", "fox", "red fox"])
-    assert list(reward.cache) == ["fox", "red fox"]
+    assert list(reward.text.cache) == ["fox", "red fox"]
     images.requires_grad_()
     trained = reward(images, ["red", "fox", "red fox"])
     trained.sum().backward()
@@ -501,7 +501,7 @@ def test_bfloat16_touches_the_vision_tower_only(name, folders, loaded):
         assert torch.equal(loaded[name](images, prompts), rounded)
     finally:
         tower.dtype = torch.float32
-    loaded[name].cache.clear()
+    loaded[name].text.cache.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # around a training step; half-precision images come out of it
         assert torch.equal(loaded[name](images, prompts), exact)
         torch.testing.assert_close(loaded[name](images.bfloat16(), prompts), exact, rtol=0.05, atol=0.05)
@@ -512,7 +512,7 @@ def test_wrong_arguments_are_refused(loaded):
     with pytest.raises(ValueError, match="images must be"):
         reward(torch.zeros(3, 8, 8), ["a"])
     for prompts in ("a cat", ["one", "two"]):
-        with pytest.raises(ValueError, match="one prompt an image"):
+        with pytest.raises(ValueError, match="one per image"):
             reward(torch.zeros(1, 3, 8, 8), prompts)
 
 
@@ -579,7 +579,7 @@ def test_a_weighted_sum_is_the_sum_of_the_scaled_rewards(folders, loaded):
 def test_the_pickled_mps_module_is_read_without_its_classes():
     told = json.loads((GOLDEN / "mps_mini_pickled.json").read_text())
     assert "trainer" not in sys.modules
-    state = rewards.read_checkpoint("mps", GOLDEN / "mps_mini_pickled.pth")
+    state = reward_files.read_checkpoint("mps", GOLDEN / "mps_mini_pickled.pth")
     assert set(state) == set(told["tensors"])
     for key, expected in told["tensors"].items():
         value = state[key].double()
@@ -610,10 +610,10 @@ def test_the_pickled_mps_module_scores_as_the_original():
 @pytest.mark.parametrize("file", ["evil.pth", "evil_plain.ckpt"])
 def test_hostile_pickles_are_refused_and_leave_no_trace(file, folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for read in (mps.read_pickled, lambda path: rewards.read_checkpoint("hpsv2.1", path)):
+    for read in (mps.read_pickled, lambda path: reward_files.read_checkpoint("hpsv2.1", path)):
         with pytest.raises(ValueError, match=f"{file}: refused"):
             read(GOLDEN / file)
-    assert rewards.main(["convert-mps", str(GOLDEN / file), "out.safetensors"]) == 2
+    assert reward_commands.main(["convert-mps", str(GOLDEN / file), "out.safetensors"]) == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -634,11 +634,11 @@ def test_what_a_pickle_calls_is_not_called_wherever_it_lives(tmp_path):
     assert transformers.utils.logging.get_verbosity() == before != 10
 
 
-@pytest.mark.parametrize("name", rewards.OFFICIAL)
+@pytest.mark.parametrize("name", reward_files.OFFICIAL)
 def test_a_missing_checkpoint_says_what_to_get_and_where_it_goes(name, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         rewards.load(name, tmp_path)
-    message, official = str(caught.value), rewards.OFFICIAL[name]
+    message, official = str(caught.value), reward_files.OFFICIAL[name]
     for part in (str(tmp_path), name, official.file, official.repo, official.size, official.sha256, "--reward-weights"):
         assert part in message
     assert "\n" not in message
@@ -648,7 +648,7 @@ def test_missing_files_of_other_kinds_are_named(tmp_path, monkeypatch, folders):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="local hub cache: no checkpoint of mps; .*Kwai-Kolors/MPS"):
         rewards.load("mps")
-    monkeypatch.setattr(rewards, "EMBEDDED", tmp_path)
+    monkeypatch.setattr(reward_files, "EMBEDDED", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tiny2: no model\.safetensors of tiny2"):
         rewards.load("tiny2")
     (tmp_path / "HPS_v2.1_compressed.pt").symlink_to(folders["hpsv2.1"] / "HPS_v2.1_compressed.pt")
@@ -662,7 +662,7 @@ def test_the_embedded_rewards_are_pickscores(folders, loaded, tmp_path, monkeypa
     shutil.copytree(folders["pickscore"], tmp_path / "tiny", ignore=shutil.ignore_patterns("tokenizer"))
     CLIPTokenizer.from_pretrained(folders["pickscore"] / "tokenizer").save_pretrained(tmp_path / "tiny")
     assert (tmp_path / "tiny" / "tokenizer.json").is_file()  # the form in which transformers writes vocabularies
-    monkeypatch.setattr(rewards, "EMBEDDED", tmp_path)
+    monkeypatch.setattr(reward_files, "EMBEDDED", tmp_path)
     images = pictures(2)
     tiny, pickscore = (reward(images, ["red", "fox"]) for reward in (rewards.load("tiny"), loaded["pickscore"]))
     torch.testing.assert_close(tiny, pickscore, rtol=1e-5, atol=1e-5)
@@ -681,15 +681,15 @@ def test_files_in_the_hubs_cache_are_found_without_a_path(folders, loaded, tmp_p
 def test_a_digest_that_differs_is_a_warning_that_names_both(folders):
     path = folders["hpsv2.1"] / "HPS_v2.1_compressed.pt"
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.warns(UserWarning, match=f"{found}.*{rewards.OFFICIAL['hpsv2.1'].sha256}"):
+    with pytest.warns(UserWarning, match=f"{found}.*{reward_files.OFFICIAL['hpsv2.1'].sha256}"):
         rewards.load("hpsv2.1", folders["hpsv2.1"])
 
 
 def test_the_official_digest_raises_no_warning(folders, monkeypatch):
     path = folders["hpsv2.1"] / "HPS_v2.1_compressed.pt"
-    official = rewards.OFFICIAL["hpsv2.1"]
-    known = rewards.Checkpoint(**{**vars(official), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
-    monkeypatch.setitem(rewards.OFFICIAL, "hpsv2.1", known)
+    official = reward_files.OFFICIAL["hpsv2.1"]
+    known = reward_files.Checkpoint(**{**vars(official), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    monkeypatch.setitem(reward_files.OFFICIAL, "hpsv2.1", known)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rewards.load("hpsv2.1", path)
@@ -708,7 +708,7 @@ def picture(tmp_path) -> str:
 def test_the_score_command_prints_what_the_library_computes(folders, loaded, picture, capsys):
     sources = f"{folders['pickscore']},{folders['mps']}"
     spec = ["score", "--reward", "pickscore=0.5,mps", "--reward-weights", sources]
-    assert rewards.main([*spec, "--prompt", "a red fox", "--prompt", "fox", picture, picture]) == 0
+    assert reward_commands.main([*spec, "--prompt", "a red fox", "--prompt", "fox", picture, picture]) == 0
     header, first, second = capsys.readouterr().out.splitlines()
     assert header.split() == ["image", "pickscore", "mps", "weighted"]
     image = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -720,11 +720,11 @@ def test_the_score_command_prints_what_the_library_computes(folders, loaded, pic
 
 def test_the_converter_writes_what_mps_can_load(tmp_path, capsys):
     output = tmp_path / "new" / "model.safetensors"
-    assert rewards.main(["convert-mps", str(GOLDEN / "mps_mini_pickled.pth"), str(output)]) == 0
+    assert reward_commands.main(["convert-mps", str(GOLDEN / "mps_mini_pickled.pth"), str(output)]) == 0
     assert "164 tensors" in capsys.readouterr().out
     written, read = load_file(output), mps.read_pickled(GOLDEN / "mps_mini_pickled.pth")
     assert written.keys() == read.keys() and all(torch.equal(written[key], read[key]) for key in read)
-    filled(models.MPS, clip_config(vocabulary=600, joint=128), "mps", rewards.read_checkpoint("mps", output))
+    filled(models.MPS, clip_config(vocabulary=600, joint=128), "mps", reward_files.read_checkpoint("mps", output))
 
 
 def test_bad_input_to_the_command_is_one_line_and_exit_code_2(folders, picture, tmp_path, capsys):
@@ -741,14 +741,15 @@ def test_bad_input_to_the_command_is_one_line_and_exit_code_2(folders, picture, 
         (["convert-mps", "absent.pth", "out.safetensors"], "absent.pth: no checkpoint of mps"),
         (["convert-mps", str(GOLDEN / "evil.pth"), "out.pth"], "name it so"),
     ):
-        assert rewards.main(arguments) == 2
+        assert reward_commands.main(arguments) == 2
         out, error = capsys.readouterr()
         assert reason in error and error.count("\n") == 1 and len(out.splitlines()) <= 1
 
 
 def test_help_needs_no_torch():
-    code = """import sys, rewards
-try: rewards.main(["score", "--help"])
+    code = """import sys
+from pretrained import reward_commands
+try: reward_commands.main(["score", "--help"])
 except SystemExit: sys.exit("torch" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--reward-weights" in done.stdout

@@ -19,8 +19,7 @@ import sample
 import speed
 import train
 import weights
-import weights as loading
-from pretrained import lora
+from pretrained import loading, lora
 from pretrained.configs import unet_config
 from refl import refl_loss
 from scheduler import Scheduler, sample_noise

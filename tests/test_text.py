@@ -169,7 +169,7 @@ def test_a_single_file_takes_its_vocabulary_from_the_folder_beside_it(pipeline, 
 def test_without_a_vocabulary_it_says_what_to_get(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text_encoder").symlink_to(pipeline / "text_encoder")
-    with pytest.raises(FileNotFoundError, match="no tokenizer/vocab.json beside it; put vocab.json and merges.txt of"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer/vocab.json next to it; put vocab.json and merges.txt of"):
         weights.load_text(tmp_path)
     (tmp_path / "tokenizer").symlink_to(pipeline / "tokenizer")
     assert len(weights.load_text(tmp_path).models) == 1

@@ -26,7 +26,7 @@ import sample
 import unet as unets
 import vae as vaes
 import weights
-from pretrained import key_names, lora, weight_files
+from pretrained import key_names, loading, lora, weight_files
 from pretrained.configs import unet_config, unet_dict, vae_config, vae_dict
 from unet import UNet
 from vae import VAE
@@ -155,8 +155,8 @@ def test_full_size_vae_names_map_onto_each_other_completely():
 
 
 def test_full_size_text_encoders_are_told_apart_by_their_projection():
-    assert key_names.of_text(FOLDERS["clip_l_text"])[2][0] == key_names.CLIP_L
-    prefix, names = key_names.of_text(FOLDERS["open_clip_g_text"])[1]
+    assert key_names.text_layouts(FOLDERS["clip_l_text"])[2][0] == key_names.CLIP_L
+    prefix, names = key_names.text_layouts(FOLDERS["open_clip_g_text"])[1]
     assert prefix == key_names.CLIP_G
     assert names["text_model.encoder.layers.31.mlp.fc2.bias"] == "transformer.resblocks.31.mlp.c_proj.bias"
     assert len(set(names.values())) == 517
@@ -224,7 +224,7 @@ def test_open_clip_text_encoder_gives_open_clips_features(tmp_path):
     config |= {"num_attention_heads": c["text_heads"], "num_hidden_layers": 3, "projection_dim": c["embed_dim"]}
     with torch.device("meta"):
         keys = CLIPTextModelWithProjection(CLIPTextConfig(**config)).state_dict()
-    _, names = key_names.of_text(keys)[1]
+    _, names = key_names.text_layouts(keys)[1]
     shapes = {names[key]: t for key, t in keys.items()}
     fused = {key: t.shape for key, t in key_names.fuse({"x." + k: t for k, t in shapes.items()}).items()}
     tensors = {key_names.CLIP_G + k[2:]: fill(k[2:], shape) for k, shape in fused.items()}
@@ -405,7 +405,7 @@ def test_the_authors_folders_hold_both_unets(tmp_path):
 def test_the_base_of_the_authors_repository_is_the_repository(tmp_path, monkeypatch):
     """Not the folder in the cache, which holds the UNets alone until the rest is asked for."""
     (tmp_path / "original_unet").mkdir()
-    monkeypatch.setattr(weights, "find", lambda source, component: tmp_path / "fine_tuned_unet")
+    monkeypatch.setattr(loading, "find", lambda source, component: tmp_path / "fine_tuned_unet")
     assert weights.own_base("ControlGenAI/ImageReFL_HPS_SD") == "ControlGenAI/ImageReFL_HPS_SD"
     assert weights.own_base(tmp_path) == str(tmp_path)
 
@@ -570,8 +570,8 @@ def write_others(pipeline: Path, base: str) -> None:
     tensors = {key: fill(key, shape) for key, shape in FOLDERS["vae"].items()}
     write_component(pipeline / "vae", {"_class_name": KINDS[1]} | vae_dict(vae), tensors)
     for component, keys, kind, config in (
-        ("text_encoder", "clip_l_text", "CLIPTextModel", weights.CLIP_L),
-        ("text_encoder_2", "open_clip_g_text", "CLIPTextModelWithProjection", weights.CLIP_G),
+        ("text_encoder", "clip_l_text", "CLIPTextModel", loading.CLIP_L),
+        ("text_encoder_2", "open_clip_g_text", "CLIPTextModelWithProjection", loading.CLIP_G),
     )[: 1 + (base == "sdxl")]:
         tensors = {key: fill(key, shape) for key, shape in FOLDERS[keys].items()}
         write_component(pipeline / component, {"architectures": [kind]} | config, tensors, "model")
@@ -692,7 +692,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
 def test_convert_writes_and_inspect_tells(tmp_path):
     pipeline, path = pipeline_of("sdxl"), tmp_path / "x.safetensors"
     call = ["convert", str(pipeline), str(path), "--layout", "single-file", "--dtype", "fp16"]
-    weights.main(weights.arguments(call))
+    weights.main(weights.parse_args(call))
     assert same(
         weights.load_unet(path).state_dict(),
         {k: t.half().float() for k, t in weights.load_unet(pipeline).state_dict().items()},
@@ -733,7 +733,7 @@ def test_an_adapter_is_rewritten_in_the_names_of_others_and_back(tmp_path):
     lora.save(unet, a)
     for source, path, layout, dtype in ((a, b, "kohya", "fp16"), (b, c, "peft", "fp32")):
         call = ["convert", source, path, "--base", pipeline, "--layout", layout, "--dtype", dtype]
-        weights.main(weights.arguments([str(part) for part in call]))
+        weights.main(weights.parse_args([str(part) for part in call]))
     assert "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.alpha" in load_file(b)
     assert same(load_file(c), {key: t.half().float() for key, t in load_file(a).items()})
     assert len({weight_files.read_metadata(path)["lora_adapter_metadata"] for path in (a, c)}) == 1
@@ -754,7 +754,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
         ["convert", tmp_path / "x.safetensors", tmp_path / "y", "--dtype", "fp8"],
     ):
         with pytest.raises(SystemExit) as left:
-            cli.run(weights.main, weights.arguments([str(a) for a in arguments]))
+            cli.run(weights.main, weights.parse_args([str(a) for a in arguments]))
         out, error = capsys.readouterr()
         assert left.value.code == 2 and error.count("\n") == 1 and out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

@@ -22,10 +22,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from pretrained.preprocess import CLIP_MEAN, CLIP_STD
 from training.data import Composition, EmojiSet
 from utils import disk
 from utils.device import autocast
-from utils.images import CLIP_MEAN, CLIP_STD, to_tensor
+from utils.images import to_tensor
 
 TINY_DIR = Path(__file__).parent
 LENGTH = 24  # text tokens

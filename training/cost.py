@@ -28,7 +28,7 @@ import unet as unets
 import vae as vaes
 import weights
 from imagerefl import REFL_EVERY
-from pretrained import lora, reward_networks
+from pretrained import lora, preprocess, reward_files, reward_networks
 from pretrained.configs import unet_config, unet_dict, vae_config
 from pretrained.text_encoder import CACHE_BYTES
 from refl import T_MAX, reward_loss
@@ -65,7 +65,7 @@ class Networks:
         scores = []
         with torch.autocast(images.device.type, enabled=False):
             for network in self.rewards:
-                pixels = reward_networks.preprocess(images, network.config.vision_config.image_size)
+                pixels = preprocess.preprocess(images, network.config.vision_config.image_size)
                 scores.append(network(pixels, *text_features(network, len(images))))
         return sum(scores)
 
@@ -126,7 +126,7 @@ def build(args, unet: UNetConfig, vae: VAEConfig) -> Networks:
     networks = Networks(blank[0], fuse(blank[1].requires_grad_(False)), [])
     paths = (args.reward_weights or "").split(",")
     for i, (name, _) in enumerate(rewards.parse(args.reward) if args.method != "diffusion" else []):
-        folder = rewards.EMBEDDED / name if name in ("tiny", "tiny2") else Path(paths[i] if i < len(paths) else "")
+        folder = reward_files.EMBEDDED / name if name in ("tiny", "tiny2") else Path(paths[i] if i < len(paths) else "")
         known = folder != Path() and (folder / "config.json").is_file()
         network = reward_networks.build_meta(name, folder if known else None)
         empty = {key: torch.empty(t.shape) for key, t in network.state_dict().items()}

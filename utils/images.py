@@ -5,14 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from utils import disk
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -39,18 +36,6 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1], clamped -> pictures."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def preprocess(images: Tensor, size: int, mean: tuple, std: tuple) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size): shorter side resized, centre crop, scaled."""
-    x = (images / 2 + 0.5).clamp(0, 1)
-    H, W = (size * side // min(x.shape[-2:]) for side in x.shape[-2:])
-    if (H, W) != x.shape[-2:]:
-        x = F.interpolate(x, (H, W), mode="bicubic", align_corners=False, antialias=True)
-    top, left = round((H - size) / 2), round((W - size) / 2)
-    x = x[..., top : top + size, left : left + size]
-    channels = zip(x.unbind(1), mean, std, strict=True)
-    return torch.stack([(channel - m) / s for channel, m, s in channels], 1)  # no tensor that a device waits for
 
 
 def save_png(picture: Image.Image, path: str | Path, parameters: str | None = None) -> None:

@@ -1,0 +1,270 @@
+"""Models of SD1.5 and SDXL from files, in every published layout.
+
+Loading is strict: a missing, unexpected or misshaped key is an error. A module is built on the meta device, which
+takes no memory, and the memory-mapped tensors of the file become its parameters.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import unet as unets
+import vae as vaes
+from pretrained import key_names, lora, weight_files
+from pretrained.configs import unet_config, unet_dict, vae_config, vae_dict
+from pretrained.text_encoder import TextEncoder
+from pretrained.weight_files import find, read_file
+from unet import UNet
+from vae import VAE
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+CLIP_L |= {"hidden_act": "quick_gelu", "projection_dim": 768, "eos_token_id": 2}  # 2: pool at the largest token id
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+CLIP_G |= {"hidden_act": "gelu", "projection_dim": 1280, "eos_token_id": 2}
+
+
+# ----------------------------------------------------------------------------------------------------- configs
+
+
+def check_prediction(place: Path) -> None:
+    """Raise ValueError if a UNet is marked as predicting something other than the noise."""
+    if place.is_dir():
+        scheduler = place.parent / "scheduler" / "scheduler_config.json"
+        config = weight_files.read_json(scheduler) if scheduler.is_file() else {}
+        kind = config.get("prediction_type", "epsilon")
+    else:
+        kind = "v_prediction" if "v_pred" in weight_files.read(place) else "epsilon"
+    if kind != "epsilon":
+        raise ValueError(f"{place}: prediction_type {kind}; only noise prediction (epsilon) is supported")
+
+
+def read_config(source: str | Path, component: str = "unet") -> dict:
+    """The `config.json` of a component. For a single file: the one in its header, else that of SD1.5 or SDXL."""
+    place = find(source, component)
+    if component == "unet":
+        check_prediction(place)
+    if place.is_dir():
+        return weight_files.read_json(place / "config.json")
+    stored = json.loads(weight_files.read_metadata(place).get("config", "{}"))
+    if component in stored:
+        return stored[component]
+    config = place.parent / "config.json"
+    if place.name.startswith(weight_files.STEMS) and config.is_file():
+        return weight_files.read_json(config)
+    xl = "SDXL" in key_names.identify(weight_files.read(place))
+    published = {
+        "unet": unet_dict(unets.SDXL if xl else unets.SD15),
+        "vae": vae_dict(vaes.SDXL if xl else vaes.SD15),
+        "text_encoder": CLIP_L,
+        "text_encoder_2": CLIP_G,
+    }
+    return published[component]
+
+
+def check_resolution(base: str | Path, pixels: int) -> None:
+    """Raise ValueError if `pixels` is not divisible by the total downsampling factor of the networks of `base`."""
+    levels = [len(read_config(base, part)["block_out_channels"]) for part in ("unet", "vae")]
+    multiple = 2 ** (sum(levels) - 2)
+    if pixels % multiple:
+        raise ValueError(f"--resolution {pixels}: must be a multiple of {multiple}")
+
+
+# ----------------------------------------------------------------------------------------------------- tensors
+
+
+def check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError that names the first missing, unexpected or misshaped keys and says what the file is."""
+    wrong = [f"missing {key}" for key in expected if key not in tensors]
+    wrong += [f"unexpected {key}" for key in tensors if key not in expected]
+    wrong += [
+        f"{key} has shape {tuple(tensors[key].shape)} instead of {tuple(t.shape)}"
+        for key, t in expected.items()
+        if key in tensors and tensors[key].shape != t.shape
+    ]
+    if wrong:
+        kind = key_names.identify(weight_files.read(path) if path.exists() else tensors)
+        raise ValueError(f"{path}: {len(wrong)} keys do not fit: {'; '.join(wrong[:3])}; the file looks like {kind}")
+
+
+def read_renamed(expected: dict[str, Tensor], place: Path, layouts: list[key_names.Layout]) -> dict[str, Tensor]:
+    """The tensors of a place under the module's names, by the best-matching layout. All are views of the file."""
+    tensors = key_names.unfuse(weight_files.read(place))
+    prefix, names = key_names.best_layout(tensors, layouts)
+    module_names = {name: key for key, name in names.items()}
+    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    own = {module_names.get(name, name): t for name, t in own.items()}
+    conv = [key for key, t in own.items() if key in expected and t.ndim == 4 and expected[key].ndim == 2]
+    return own | {key: own[key].flatten(1) for key in conv}  # old VAEs store attention as 1x1 convolutions
+
+
+def convert_tensors(read: Callable[[], dict[str, Tensor]], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of `read()` on a device and in a dtype. Tensors that need no conversion stay views of the file.
+
+    Pages of a memory map stay resident until it is closed, so the file is remapped 32 times.
+    """
+    tensors = read()
+    group = sum(t.nbytes for t in tensors.values()) / 32
+    done: dict[str, Tensor] = {}
+    copied = 0
+    for key in list(tensors):
+        done[key] = tensors[key].to(device, dtype)
+        copied += 0 if done[key] is tensors[key] else tensors[key].nbytes
+        if copied > group:
+            copied, tensors = 0, None
+            tensors = read()
+    return done
+
+
+def load_component(
+    module: nn.Module, place: Path, layouts: list[key_names.Layout], device: str, dtype: torch.dtype
+) -> nn.Module:
+    """Load a module on the meta device from a place, strictly. Raises ValueError as `check_keys` does."""
+    expected = module.state_dict()
+    tensors = convert_tensors(lambda: read_renamed(expected, place, layouts), device, dtype)
+    check_keys(expected, tensors, place)
+    module.load_state_dict(tensors, assign=True)
+    return module.eval()
+
+
+# ------------------------------------------------------------------------------------------------------ models
+
+
+def load_unet(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet:
+    """The UNet of a source: "tiny", "sd15", "sdxl", a pipeline's or UNet's folder, a single file or a hub id."""
+    with torch.device("meta"):
+        unet = UNet(unet_config(read_config(source, "unet")))
+    layouts = key_names.unet_layouts(unet.state_dict(), unet.config)
+    return load_component(unet, find(source, "unet"), layouts, device, dtype)
+
+
+def load_vae(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
+    """The autoencoder of a source. Raises ValueError for SDXL's in float16, where it overflows to black images."""
+    with torch.device("meta"):
+        vae = VAE(vae_config(read_config(source, "vae")))
+    if vae.config.scale == vaes.SDXL.scale and dtype == torch.float16:
+        raise ValueError(f"{source}: SDXL's autoencoder overflows in float16; load it in bfloat16 or float32")
+    layouts = key_names.vae_layouts(vae.state_dict(), vae.config)
+    return load_component(vae, find(source, "vae"), layouts, device, dtype)
+
+
+def load_text(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> TextEncoder:
+    """The text encoders of a source with their tokenizers: one for SD1.5, two for SDXL."""
+    from transformers import CLIPTokenizer
+
+    models = [load_clip(source, "text_encoder", device, dtype)]
+    place = find(source, "text_encoder")
+    tokenizers = [CLIPTokenizer.from_pretrained(weight_files.find_tokenizer(place, "tokenizer"), local_files_only=True)]
+    if has_second_text(source):
+        models.append(load_clip(source, "text_encoder_2", device, dtype))
+        folder = weight_files.find_tokenizer(place, "tokenizer_2")
+        tokenizers.append(CLIPTokenizer.from_pretrained(folder, local_files_only=True, pad_token="!"))  # id 0
+    return TextEncoder(models, tokenizers)
+
+
+def has_second_text(source: str | Path) -> bool:
+    """True if a source has two text encoders, as SDXL has."""
+    place = find(source, "text_encoder")
+    if place.is_file():
+        return any(key.startswith(key_names.CLIP_G) for key in weight_files.read(place))
+    return (place.parent / "text_encoder_2").is_dir()
+
+
+def load_clip(source: str | Path, component: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """One text encoder of a source: "text_encoder", or SDXL's "text_encoder_2", which has a projection."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}[component]
+    with torch.device("meta"):
+        model = kind(CLIPTextConfig(**read_config(source, component)))
+    layouts = key_names.text_layouts(model.state_dict())
+    load_component(model, find(source, component), layouts, device, dtype)
+    for module in model.modules():
+        if hasattr(module, "position_ids"):  # not stored in the file, and still on the meta device
+            module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ tuned models
+
+
+def own_base(checkpoint: str | Path) -> str | None:
+    """The source of the base model if the checkpoint contains it, as the authors' folders do, else None."""
+    place = find(checkpoint, "tuned_unet")
+    if place.name != "fine_tuned_unet" or not (place.parent / "original_unet").is_dir():
+        return None
+    # for a hub id return the id: its other components may not be downloaded yet
+    return str(place.parent if Path(checkpoint).exists() else checkpoint)
+
+
+def tuning_metadata(checkpoint: str | Path) -> dict:
+    """How a model was tuned, such as `method` and `base`: the flags of a run, or the header of its weight file."""
+    run = Path(checkpoint) / "run.json"
+    if run.is_file():
+        return weight_files.read_json(run).get("args", {})
+    if own_base(checkpoint):
+        return {"method": "imagerefl"}
+    return weight_files.read_metadata(weight_files.weight_files(find(checkpoint, "tuned_unet"))[0])
+
+
+def load_tuned(
+    checkpoint: str | Path,
+    base: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    swap: bool = False,
+    prepare: Callable[[UNet], object] = lambda unet: None,
+) -> tuple[Callable, Callable]:
+    """Base and tuned model as two callables with the UNet's arguments, for combined generation.
+
+    checkpoint: a run's folder, with `unet/` or an adapter (then both callables share one set of weights); the authors'
+    published folder or its hub id, whose `original_unet/` is then the base; any other source of a UNet; an adapter's
+    file or folder.
+    swap: keep only one of two full UNets in memory, the one called last. prepare: called with each loaded UNet.
+    Raises ValueError if the tuned UNet and `base` have different text widths.
+    """
+    place = find(checkpoint, "tuned_unet")
+    if place.is_file() and key_names.is_adapter(read_file(place)):
+        unet = load_unet(base, device, dtype)
+        lora.load(unet, place)
+        prepare(unet)
+        return lora.base_and_tuned(unet)
+    width = {source: unet_config(read_config(source)).context for source in (base, place)}
+    if width[base] != width[place]:
+        named = {unets.SDXL.context: "sdxl", unets.SD15.context: "sd15", unets.TINY.context: "tiny"}
+        flag = named.get(width[place], "the folder that it was trained from")
+        raise ValueError(f"{checkpoint}: takes text of width {width[place]}, the base {width[base]}; --base {flag}")
+    base = own_base(checkpoint) or base
+    if swap:
+        return one_at_a_time(base, place, device, dtype, prepare)
+    pair = load_unet(base, device, dtype), load_unet(place, device, dtype)
+    for unet in pair:
+        prepare(unet)
+    return pair
+
+
+def one_at_a_time(
+    base: str | Path,
+    tuned: str | Path,
+    device: str,
+    dtype: torch.dtype,
+    prepare: Callable[[UNet], object] = lambda unet: None,
+) -> tuple[Callable, Callable]:
+    """Two UNets in the memory of one: calling one frees the other's weights and loads its own from disk."""
+    loaded: dict[str | Path, UNet] = {}
+
+    def swapped(source: str | Path) -> Callable:
+        load_unet(source, "meta", dtype)  # fail early rather than after the base model's steps
+
+        def call(*args, **kwargs) -> Tensor:
+            if source not in loaded:
+                loaded.clear()
+                loaded[source] = load_unet(source, device, dtype)
+                prepare(loaded[source])
+            return loaded[source](*args, **kwargs)
+
+        return call
+
+    return swapped(base), swapped(tuned)
