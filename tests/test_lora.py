@@ -1,4 +1,4 @@
-"""Adapters: what they compute, the switch, and the two layouts in which others write and read them."""
+"""Adapters: their arithmetic, the switch, and files in the layouts of peft and kohya."""
 
 import functools
 import json
@@ -73,7 +73,7 @@ def adapter_tensors(unet: UNet) -> dict:
 
 
 @MINIS
-def test_new_adapters_change_nothing_and_are_all_that_trains(name):
+def test_new_adapters_do_not_change_the_output_and_are_the_only_trainable_parameters(name):
     unet = mini(name)
     before = run(unet, name)
     parameters = lora.add(unet, 4)
@@ -93,7 +93,7 @@ def test_the_first_gradient_reaches_b_and_only_then_a():
     assert all(gradient.abs().max() == 0 for key, gradient in gradients.items() if ".lora_A." in key)
 
 
-def test_initial_deviation_is_one_over_the_rank_and_the_generator_decides():
+def test_initial_standard_deviation_is_one_over_the_rank_and_the_generator_is_used():
     first, again, other = (mini() for _ in range(3))
     for unet, seed in ((first, 1), (again, 1), (other, 2)):
         lora.add(unet, 8, generator=torch.Generator().manual_seed(seed))
@@ -112,7 +112,7 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a():
 
 
 @MINIS
-def test_off_is_the_base_to_the_last_bit_and_on_is_the_merged_model(name):
+def test_off_is_bit_identical_to_the_base_and_on_is_the_merged_model(name):
     unet = adapted(name)
     base, tuned = lora.base_and_tuned(unet)
     on = run(tuned, name)
@@ -124,7 +124,7 @@ def test_off_is_the_base_to_the_last_bit_and_on_is_the_merged_model(name):
     assert unet.state_dict().keys() == mini(name).state_dict().keys()
 
 
-def test_the_adapters_are_on_again_after_a_base_that_failed():
+def test_the_adapters_are_on_again_after_the_base_raised():
     base, tuned = lora.base_and_tuned(adapted())
     on = run(tuned)
     with pytest.raises(ValueError, match="multiples"):
@@ -132,7 +132,7 @@ def test_the_adapters_are_on_again_after_a_base_that_failed():
     assert torch.equal(run(tuned), on)
 
 
-def test_combined_generation_with_one_set_of_weights_is_that_with_two_models():
+def test_combined_generation_with_one_set_of_weights_equals_that_with_two_models():
     unet = adapted()
     conditioning = {"context": inputs()[1]["context"][:1]}
     scheduler, noise = Scheduler(steps=6, eta=1.0), rnd("noise", 1, 4, 8, 8)
@@ -244,7 +244,7 @@ def test_kohya_names_are_those_of_its_scripts(name, spelled, tmp_path):
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
 
 
-def test_without_an_alpha_it_is_the_rank(tmp_path):
+def test_alpha_defaults_to_the_rank(tmp_path):
     tensors = {f"unet.{LAYER}.lora_A.weight": torch.ones(2, 48), f"unet.{LAYER}.lora_B.weight": torch.ones(64, 2)}
     save_file(tensors, tmp_path / "x.safetensors")
     unet = mini()
@@ -265,7 +265,7 @@ def test_an_adapter_in_half_precision_computes_in_the_type_of_its_input(tmp_path
     assert (output.float() - run(adapted())).abs().max() <= 0.2
 
 
-def test_what_does_not_fit_is_refused_by_name(tmp_path):
+def test_keys_that_do_not_fit_are_refused_by_name(tmp_path):
     path = tmp_path / "x.safetensors"
     A, B = torch.ones(2, 48), torch.ones(64, 2)
     pair = {f"unet.{LAYER}.lora_A.weight": A, f"unet.{LAYER}.lora_B.weight": B}

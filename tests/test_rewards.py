@@ -174,7 +174,7 @@ class Scripted(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """One folder a reward, each with a file of the kind and the keys that its authors publish."""
+    """One folder per reward, with a file of the kind and with the keys that its authors publish."""
     root = tmp_path_factory.mktemp("rewards")
     out = {name: root / name for name in ("hpsv2.1", "clipscore", "pickscore", "imagereward", "mps")}
     entries = 514
@@ -367,7 +367,7 @@ def test_the_end_token_is_the_tokenizers_whatever_the_config_says(published, fol
     torch.testing.assert_close(score, loaded["pickscore"](pictures(2), ["red", "a fox"]), rtol=1e-5, atol=1e-5)
 
 
-def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+def test_a_tokenizer_with_another_vocabulary_is_refused(tmp_path):
     write_vocabulary(tmp_path)
     with pytest.raises(ValueError, match="514 entries, the checkpoint 49408"):
         bare_text("hpsv2.1", tmp_path)
@@ -399,8 +399,8 @@ def test_full_size_checkpoints_fit_key_for_key(name, published, tensors, values)
         models.load_strict(models.build_meta(name), models.rename(name, state), name)
 
 
-def test_published_networks_have_the_constants_that_no_shape_tells():
-    """Activations, heads and epsilons of the full-size models, where the library's defaults would fit as well."""
+def test_published_networks_have_the_constants_that_no_shape_shows():
+    """Activations, heads and epsilons of the full-size models, where transformers' defaults would load as well."""
     networks = {name: models.build_meta(name) for name in ("hpsv2.1", "pickscore", "mps", "clipscore", "imagereward")}
     for name in ("hpsv2.1", "pickscore", "mps"):
         config = networks[name].config
@@ -483,7 +483,7 @@ def test_the_cache_is_bounded_and_serves_training_after_an_evaluation(loaded, mo
 
 
 @each_reward
-def test_bfloat16_touches_the_vision_tower_only(name, folders, loaded):
+def test_bfloat16_is_used_in_the_vision_tower_only(name, folders, loaded):
     images, prompts = pictures(2).requires_grad_(), ["a red fox", "fox"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -624,7 +624,7 @@ class Call:
         return transformers.utils.logging.set_verbosity, (10,)
 
 
-def test_what_a_pickle_calls_is_not_called_wherever_it_lives(tmp_path):
+def test_functions_that_a_pickle_names_are_never_called(tmp_path):
     with pytest.raises(ValueError, match=r"it names builtins\.open"):
         mps.read_pickled(GOLDEN / "evil.pth")
     torch.save({"state_dict": {}, "call": Call()}, tmp_path / "call.pth")
@@ -678,7 +678,7 @@ def test_files_in_the_hubs_cache_are_found_without_a_path(folders, loaded, tmp_p
     torch.testing.assert_close(cached, given, rtol=1e-5, atol=1e-5)
 
 
-def test_a_digest_that_differs_is_a_warning_that_names_both(folders):
+def test_a_wrong_digest_gives_a_warning_that_names_both(folders):
     path = folders["hpsv2.1"] / "HPS_v2.1_compressed.pt"
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.warns(UserWarning, match=f"{found}.*{reward_files.OFFICIAL['hpsv2.1'].sha256}"):

@@ -1,4 +1,4 @@
-"""Prompts -> conditioning: token ids of the published tokenizers, and which states of which encoder the UNet gets."""
+"""Prompts -> conditioning: token ids of the published tokenizers, and which hidden states the UNet gets."""
 
 import copy
 import gzip
@@ -22,7 +22,7 @@ SECOND = CLIP | {"architectures": ["CLIPTextModelWithProjection"], "projection_d
 
 
 def write_vocabulary(folder: Path) -> None:
-    """CLIP's vocabulary as the hub has it: the byte letters, the same at a word's end, the merges, start and end."""
+    """CLIP's vocabulary in the hub's order: bytes, bytes at a word's end, merges, start and end token."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     merges = gzip.decompress((GOLDEN / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
@@ -82,7 +82,7 @@ def test_the_second_tokenizer_reads_an_exclamation_mark_as_its_padding_as_publis
 
 
 def last_states(model: nn.Module, tokens: torch.Tensor, layers: int, normed: bool) -> torch.Tensor:
-    """The states after so many layers, by cutting the model off there."""
+    """Hidden states after `layers` layers, by truncating the model."""
     model = copy.deepcopy(getattr(model, "text_model", model))
     del model.encoder.layers[layers:]
     if not normed:
@@ -123,12 +123,12 @@ def test_time_ids_are_the_size_no_crop_and_the_size_again(sdxl):
     assert ids.tolist() == [[512, 768, 0, 0, 512, 768]] * 2
 
 
-def test_a_prompts_features_do_not_depend_on_its_company(sdxl):
+def test_an_embedding_does_not_depend_on_the_rest_of_the_batch(sdxl):
     alone, together = sdxl(["a cat"], (64, 64)), sdxl(["", "a cat", "a long and winding road"], (64, 64))
     assert all(torch.equal(alone[key][0], together[key][1]) for key in alone)
 
 
-def test_prompts_encoded_at_once_get_what_each_gets_alone(sdxl):
+def test_batched_encoding_equals_encoding_one_at_a_time(sdxl):
     """As on a GPU, but for rounding."""
     prompts = ["", "a cat", "a long and winding road"]
     for prompt, together in zip(prompts, sdxl._encode(prompts), strict=True):
@@ -137,7 +137,7 @@ def test_prompts_encoded_at_once_get_what_each_gets_alone(sdxl):
         assert all((together[key] - alone[key]).abs().max() <= 1e-5 for key in alone)
 
 
-def test_kept_features_stay_within_their_bytes_and_are_given_again(sd15, monkeypatch):
+def test_the_cache_is_bounded_in_bytes_and_reused(sd15, monkeypatch):
     (first,) = sd15.features(["a cat"])
     assert sd15.features(["a cat"])[0] is first
     monkeypatch.setattr(text_encoder, "CACHE_BYTES", 3 * first["context"].nbytes)
@@ -152,7 +152,7 @@ def test_encoders_are_frozen_and_move_together(sdxl):
     assert moved(["a cat"], (64, 64))["context"].dtype == torch.bfloat16
 
 
-def test_a_single_file_takes_its_vocabulary_from_the_folder_beside_it(pipeline, tmp_path):
+def test_a_single_file_takes_its_vocabulary_from_its_folder(pipeline, tmp_path):
     tensors = load_file(pipeline / "text_encoder" / "model.safetensors")
     bare = {key.removeprefix("text_model."): t for key, t in tensors.items()}
     stored = {f"cond_stage_model.transformer.text_model.{key}": t for key, t in bare.items()}

@@ -1,4 +1,4 @@
-"""Every published form of the weights is read, strictly, and what is written is read by others.
+"""Every published layout is read strictly, and other programs read the files that we write.
 
 Mini models of the real classes, filled by the recipe on the keys of each layout; outputs are golden ones of diffusers.
 """
@@ -80,7 +80,7 @@ def clip(base: str, component: str):
 
 
 def on_disk(model) -> dict[str, torch.Tensor]:
-    """A text encoder's tensors as the official folders name them."""
+    """A text encoder's tensors under the names of the official folders."""
     tensors = {f"text_model.{k.removeprefix('text_model.')}": t for k, t in model.state_dict().items()}
     tensors = {k.removeprefix("text_model.") if "text_projection" in k else k: t for k, t in tensors.items()}
     return tensors | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
@@ -117,12 +117,12 @@ def pipeline_of(base: str) -> Path:
 
 
 def write_pipeline(folder: Path, base: str) -> Path:
-    """A copy of the mini pipeline, to do with as one likes."""
+    """A copy of the mini pipeline, to modify."""
     return shutil.copytree(pipeline_of(base), folder, dirs_exist_ok=True)
 
 
 def write_single(path: Path, unet: str, extra: dict | None = None) -> Path:
-    """A mini LDM / SGM file by the recipe, with tensors that no module has, as the official files have them."""
+    """A mini LDM / SGM file by the recipe, with the unused tensors of the official files."""
     tensors = by_recipe(unet) | by_recipe("vae_mini")
     tensors |= {"alphas_cumprod": torch.rand(1000), "model_ema.decay": torch.tensor(0.9)} | (extra or {})
     config = {"unet": golden_config(unet), "vae": golden_config("vae_mini")}
@@ -154,7 +154,7 @@ def test_full_size_vae_names_map_onto_each_other_completely():
     assert {key: shape + [1] * (len(SINGLE["vae"][key]) - len(shape)) for key, shape in single.items()} == SINGLE["vae"]
 
 
-def test_full_size_text_encoders_are_told_apart_by_their_projection():
+def test_full_size_text_encoders_are_distinguished_by_their_projection():
     assert key_names.text_layouts(FOLDERS["clip_l_text"])[2][0] == key_names.CLIP_L
     prefix, names = key_names.text_layouts(FOLDERS["open_clip_g_text"])[1]
     assert prefix == key_names.CLIP_G
@@ -205,7 +205,7 @@ def test_golden_vae_outputs_from_the_older_attention_names(convolutions, tmp_pat
     check_vae(weights.load_vae(tmp_path), "vae_mini_legacy_attention")
 
 
-def test_averaged_weights_are_preferred_as_in_the_published_folder(tmp_path):
+def test_ema_weights_are_preferred_as_in_the_published_folder(tmp_path):
     name = "unet_sd15_mini"
     plain = by_recipe(name)
     averaged = {}
@@ -261,7 +261,7 @@ def test_single_file_to_folder_to_single_file_is_equal(base, tmp_path):
 
 
 @BOTH
-def test_a_single_file_holds_the_official_names_and_shapes_and_no_other(base, tmp_path):
+def test_a_single_file_contains_exactly_the_official_names_and_shapes(base, tmp_path):
     pipeline = write_pipeline(tmp_path / "pipeline", base)
     weights.save_unet(weights.load_unet(pipeline), tmp_path / "x.safetensors", "single-file", base=pipeline)
     written = {key: list(t.shape) for key, t in load_file(tmp_path / "x.safetensors").items()}
@@ -302,7 +302,7 @@ def test_a_compiled_unet_is_saved_under_its_own_names(tmp_path):
     assert same(weights.load_unet(tmp_path).state_dict(), unet.state_dict())
 
 
-def test_training_on_mapped_weights_leaves_the_file_alone(tmp_path):
+def test_training_on_memory_mapped_weights_does_not_change_the_file(tmp_path):
     pipeline = write_pipeline(tmp_path, "sd15")
     unet = weights.load_unet(pipeline)
     before = unet.conv_in.weight.detach().clone()
@@ -380,7 +380,7 @@ def test_a_single_file_in_the_hubs_cache_is_read(tmp_path):
 # what is published beside the base models
 
 
-def test_the_authors_folders_hold_both_unets(tmp_path):
+def test_the_authors_folders_contain_both_unets(tmp_path):
     folder = write_pipeline(tmp_path / "authors", "sdxl")
     (folder / "unet").rename(folder / "original_unet")
     tuned = mini_unet("sdxl").state_dict()
@@ -403,7 +403,7 @@ def test_the_authors_folders_hold_both_unets(tmp_path):
 
 
 def test_the_base_of_the_authors_repository_is_the_repository(tmp_path, monkeypatch):
-    """Not the folder in the cache, which holds the UNets alone until the rest is asked for."""
+    """Not the folder in the cache, which has only the UNets until other components are requested."""
     (tmp_path / "original_unet").mkdir()
     monkeypatch.setattr(loading, "find", lambda source, component: tmp_path / "fine_tuned_unet")
     assert weights.own_base("ControlGenAI/ImageReFL_HPS_SD") == "ControlGenAI/ImageReFL_HPS_SD"
@@ -411,7 +411,7 @@ def test_the_base_of_the_authors_repository_is_the_repository(tmp_path, monkeypa
 
 
 def write_vocabulary(folder: Path) -> None:
-    """A vocabulary of letters; the end of a text is the largest id, which is where CLIP looks for it."""
+    """A vocabulary of letters; the end token has the largest id, where CLIP pools."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = ["!", *letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir()
@@ -420,7 +420,7 @@ def write_vocabulary(folder: Path) -> None:
 
 
 def sampled(folder: Path, *flags) -> torch.Tensor:
-    """The pixels, 0 .. 255, of the image that the command makes."""
+    """Pixels (0 to 255) of the image that the command generates."""
     size = ["--prompt", "fox", "--images-per-prompt", "1", "--steps", "2", "--switch", "1", "--resolution", "64"]
     size += ["--dtype", "float32"]
     sample.main(sample.parse_args([*map(str, flags), *size, "--output-dir", str(folder)]))
@@ -464,7 +464,7 @@ def test_a_run_is_read_with_its_base(tmp_path):
     assert torch.equal(outputs(first, "unet_sd15_mini"), outputs(second, "unet_sd15_mini"))
 
 
-def test_a_run_of_another_base_is_told_by_its_flag(tmp_path):
+def test_a_run_of_another_base_is_refused_with_the_flag_that_fits(tmp_path):
     run = write_pipeline(tmp_path / "run", "sdxl")
     with pytest.raises(ValueError, match=r"run: takes text of width 80, the base 48; --base the folder"):
         weights.load_tuned(run, write_pipeline(tmp_path / "base", "sd15"))
@@ -474,7 +474,7 @@ def test_a_run_of_another_base_is_told_by_its_flag(tmp_path):
 
 
 @BOTH
-def test_diffusers_reads_what_is_written_to_the_last_key(base, tmp_path):
+def test_diffusers_reads_every_key_that_is_written(base, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     pipeline = pipeline_of(base)
     unet, path = weights.load_unet(pipeline), tmp_path / "x.safetensors"
@@ -516,11 +516,11 @@ def run_full(source: Path, dtype: str, folder: Path, expected: torch.Tensor, tol
     call = [sys.executable, "-c", LOAD, str(source), dtype, str(folder / "inputs"), str(folder / "output")]
     done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    report = json.loads(done.stdout)
     difference = (load_file(folder / "output")["eps"] - expected).abs().max().item()
-    print(f"\n{source.name} {dtype}: {told}, difference {difference:.1e}")
+    print(f"\n{source.name} {dtype}: {report}, difference {difference:.1e}")
     assert difference <= tolerance
-    assert told["peak / weights"] <= 1.15
+    assert report["peak / weights"] <= 1.15
 
 
 @pytest.mark.slow
@@ -596,14 +596,14 @@ def test_missing_unexpected_and_misshaped_keys_are_named_and_counted(tmp_path):
     assert "2 keys do not fit: missing conv_in.bias; conv_out.bias has shape (7,) instead of (4,)" in message(place)
 
 
-def test_a_stranger_inside_a_single_files_component_is_refused(tmp_path):
+def test_an_unexpected_key_in_a_component_of_a_single_file_is_refused(tmp_path):
     extra = {"model.diffusion_model.middle_block.9.weight": torch.zeros(1)}
     path = write_single(tmp_path / "x.safetensors", "unet_sd15_mini", extra)
     assert "1 keys do not fit: unexpected middle_block.9.weight" in message(path)
     assert weights.load_vae(path)
 
 
-def test_another_bases_file_is_told_with_the_flag_that_fits(tmp_path):
+def test_a_file_of_another_base_is_refused_with_the_flag_that_fits(tmp_path):
     place = write_pipeline(tmp_path, "sd15") / "unet"
     save_file(mini_unet("sdxl").state_dict(), place / "diffusion_pytorch_model.safetensors")
     assert message(place).endswith("looks like an SDXL UNet; --base sdxl")
@@ -616,9 +616,9 @@ def test_another_bases_file_is_told_with_the_flag_that_fits(tmp_path):
 def test_hostile_pickles_are_refused_and_leave_no_trace(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for load in (weights.load_unet, weights.load_vae, weights.load_text, weights.read_file):
-        told = message(GOLDEN / file, load)
-        assert f"{file}: refused" in told and "Unsupported global: GLOBAL open was not an allowed" in told
-        assert "succeed" not in told and "\x1b" not in told  # torch's advice to run it in spite of that
+        text = message(GOLDEN / file, load)
+        assert f"{file}: refused" in text and "Unsupported global: GLOBAL open was not an allowed" in text
+        assert "succeed" not in text and "\x1b" not in text  # torch's advice to run it in spite of that
     shutil.copy(GOLDEN / file, tmp_path / "diffusion_pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"} | MINI["sd15"]["unet"]))
     assert "refused" in message(tmp_path)
@@ -642,7 +642,7 @@ def test_a_checkpoint_that_names_its_trainers_callback_is_read_without_it(tmp_pa
     assert torch.equal(weights.read_file(tmp_path / "x.ckpt")["x"], torch.ones(2))
 
 
-def test_damaged_and_half_present_folders_are_one_clear_line(tmp_path):
+def test_damaged_and_incomplete_folders_give_one_clear_line(tmp_path):
     place = write_pipeline(tmp_path, "sd15") / "unet"
     path = place / "diffusion_pytorch_model.safetensors"
     whole = path.read_bytes()
@@ -673,7 +673,7 @@ def test_a_base_without_weights_says_what_to_get_and_where_to_put_it(source):
         assert part in text
 
 
-def test_sdxls_autoencoder_is_never_in_half_precision(tmp_path):
+def test_sdxls_autoencoder_is_refused_in_float16(tmp_path):
     config = {"_class_name": "AutoencoderKL"} | golden_config("vae_mini") | {"scaling_factor": 0.13025}
     write_component(tmp_path, config, filled(VAE(vae_config(config))).state_dict())
     assert weights.load_vae(tmp_path, dtype=torch.bfloat16).config.scale == 0.13025
@@ -689,7 +689,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(call, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
-def test_convert_writes_and_inspect_tells(tmp_path):
+def test_convert_writes_and_inspect_describes(tmp_path):
     pipeline, path = pipeline_of("sdxl"), tmp_path / "x.safetensors"
     call = ["convert", str(pipeline), str(path), "--layout", "single-file", "--dtype", "fp16"]
     weights.main(weights.parse_args(call))
@@ -697,11 +697,11 @@ def test_convert_writes_and_inspect_tells(tmp_path):
         weights.load_unet(path).state_dict(),
         {k: t.half().float() for k, t in weights.load_unet(pipeline).state_dict().items()},
     )
-    told = command("inspect", path).stdout
+    text = command("inspect", path).stdout
     assert (
-        "an SDXL single file" in told
-        and "float16" in told
-        and "modelspec.architecture: stable-diffusion-xl-v1-base" in told
+        "an SDXL single file" in text
+        and "float16" in text
+        and "modelspec.architecture: stable-diffusion-xl-v1-base" in text
     )
 
 
@@ -724,7 +724,7 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
     assert weights.load_vae(tmp_path / "x.safetensors")
 
 
-def test_an_adapter_is_rewritten_in_the_names_of_others_and_back(tmp_path):
+def test_an_adapter_is_converted_to_kohyas_names_and_back(tmp_path):
     pipeline = pipeline_of("sdxl")
     unet = weights.load_unet(pipeline)
     for parameter in lora.add(unet, 2, alpha=1.0):
