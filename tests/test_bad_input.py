@@ -16,6 +16,7 @@ import sample
 import train
 import weights
 from pretrained import reward_commands
+from tiny import pretrain
 from training.presets import TUNED
 from utils import cli
 
