@@ -49,7 +49,11 @@ def parse_args(argv=None):
     add("--dino", help="folder of DINO ViT-S/16 or DINOv2, for the diversity; the tiny base has its own features")
     add("--inception", help="pytorch-fid's weight file, for FID, CovDist and LogCovDist")
     add("--reference", help="real images for these three: a folder with metadata.jsonl, or COCO captions")
-    add("--reading", default="ours", help="of CovDist and LogCovDist, a name in metrics.py:DEFINITIONS (default: ours)")
+    add(
+        "--reading",
+        default="ours",
+        help="definition of CovDist and LogCovDist (default: ours)",
+    )
     add("--steps", type=positive, default=40)
     add("--guidance", type=number(float, 0), help="of the base model (default: 7.5, SDXL 5.0, tiny 2.0)")
     add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
@@ -83,8 +87,9 @@ import metrics  # noqa: E402
 import rewards  # noqa: E402
 import weights  # noqa: E402
 from combined import aig_weights, combined_weights  # noqa: E402
-from pretrained import reward_files, weight_files  # noqa: E402
-from report import page  # noqa: E402
+from pretrained import features, weight_files  # noqa: E402
+from report import metric_errors, page  # noqa: E402
+from report.covariance_definitions import DEFINITIONS  # noqa: E402
 from report.curves import METHODS  # noqa: E402
 from report.sweep import generate_each  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
@@ -229,10 +234,10 @@ def tiny_scorer(device: str) -> Scorer:
     clip, concepts = rewards.load("clipscore", presets.FEATURES, device), EmojiSet().concepts
 
     def score(images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        features = F.normalize(clip.network.encode_image(clip.prepare(images, clip.size)), dim=1)
-        best = (features @ clip.text(concepts, device)[0].T).argmax(1).tolist()
+        extracted = F.normalize(clip.network.encode_image(clip.prepare(images, clip.size)), dim=1)
+        best = (extracted @ clip.text(concepts, device)[0].T).argmax(1).tolist()
         right = [100.0 * (concepts[i] == prompt.split(",")[0]) for i, prompt in zip(best, prompts, strict=True)]
-        return {"concept": torch.tensor(right), "diversity": features, "fid": features}
+        return {"concept": torch.tensor(right), "diversity": extracted, "fid": extracted}
 
     return score
 
@@ -250,7 +255,7 @@ def scorers_of(args, row: presets.Preset) -> tuple[dict[str, Scorer], list[str]]
     found, notes = {}, []
     for name, source in zip(names, sources, strict=True):
         scorer = reward_scorer(name, source or None, args.device)
-        found[f"{name}.{fingerprint(reward_files.find_checkpoint(name, source or None))}"] = scorer
+        found[f"{name}.{fingerprint(rewards.find_checkpoint(name, source or None))}"] = scorer
     if row is presets.TINY:
         found[f"features.{fingerprint(presets.FEATURES)}"] = tiny_scorer(args.device)
         notes.append("Concept, diversity and the distances are measured by the held-out CLIP of the tiny base, 128 "
@@ -258,12 +263,12 @@ def scorers_of(args, row: presets.Preset) -> tuple[dict[str, Scorer], list[str]]
         return found, notes + reading_notes(args.reading, "the held-out CLIP's")
     if args.dino:
         found[f"dino.{fingerprint(Path(args.dino))}"] = feature_scorer(
-            "diversity", metrics.dino_features(args.dino, device=args.device)
+            "diversity", features.dino_features(args.dino, device=args.device)
         )
     else:
         notes.append("No diversity: it needs --dino, a folder of facebook/dino-vits16.")
     if args.inception and args.reference:
-        extract = metrics.inception_features(args.inception, args.device)
+        extract = features.inception_features(args.inception, args.device)
         found[f"inception.{fingerprint(Path(args.inception))}"] = feature_scorer("fid", extract)
         notes += reading_notes(args.reading)
     else:
@@ -317,19 +322,19 @@ def values_of(args, columns: dict[str, Tensor], real: Tensor | None, group: list
         if key == "diversity" and args.images_per_prompt > 1:
             values[key] = metrics.mean_and_error(metrics.group_diversity(column, group))
         elif key == "fid":
-            values["fid"] = metrics.fid_and_error(column, real, group)
-            pair = metrics.spectral_distances_and_errors(column, real, args.reading, group)
+            values["fid"] = metric_errors.fid_and_error(column, real, group)
+            pair = metric_errors.spectral_distances_and_errors(column, real, args.reading, group)
             values["covdist"], values["logcovdist"] = pair
         elif key != "diversity":
             values[key] = metrics.mean_and_error(column, group)
     return {key: [None if math.isnan(v) else v for v in pair] for key, pair in values.items()}
 
 
-def reading_notes(name: str, features: str = "Inception's") -> list[str]:
+def reading_notes(name: str, used: str = "Inception's") -> list[str]:
     """How far CovDist and LogCovDist, on FID's features and against `--reference`, are from what a reading says."""
-    reading, notes = metrics.DEFINITIONS[name], []
+    reading, notes = DEFINITIONS[name], []
     if reading.features != "inception":
-        notes.append(f"--reading {name} was defined on {reading.features} features; here it is on {features}.")
+        notes.append(f"--reading {name} was defined on {reading.features} features; here it is on {used}.")
     if reading.reference != "real images":
         notes.append(f"--reading {name} compares with pictures of the {reading.reference}; give them as --reference.")
     return notes
@@ -362,8 +367,8 @@ def resolve(args, row: presets.Preset) -> list[str]:
     for flag in ("dino", "inception"):
         if row is presets.TINY and getattr(args, flag):
             raise ValueError(f"--{flag}: the tiny base is measured by its own features; leave it out")
-    if args.reading not in metrics.DEFINITIONS:
-        raise ValueError(f"--reading {args.reading}: there are {', '.join(metrics.DEFINITIONS)}")
+    if args.reading not in DEFINITIONS:
+        raise ValueError(f"--reading {args.reading}: there are {', '.join(DEFINITIONS)}")
     if args.prompts is None:
         prompts = EmojiSet().concepts if row is presets.TINY else list(row.prompts)
     elif args.prompts.endswith(".json") and "captions" in Path(args.prompts).name:
@@ -390,7 +395,7 @@ def main(args) -> dict:
             source = fingerprint(chosen, args.resolution, len(jobs))
             path = Path(args.points or folder / "points", "reference", f"{name}.{source}.safetensors")
             real = columns_of(path, "", scorer, reference_batches(args, len(jobs)))["fid"]
-            floor = metrics.fid_floor(real, len(jobs), len(jobs))
+            floor = metric_errors.fid_floor(real, len(jobs), len(jobs))
             notes.append(f"FID of {len(jobs)} real images against as many others would be about {floor:.2g}.")
     folder.mkdir(parents=True, exist_ok=True)  # the points' folders are named from here, with `..` to shared ones
     draw(args, points, prompts, jobs)

@@ -50,7 +50,7 @@ def test_values_are_those_of_the_images_on_disk(evaluated):
     asked = [p for p in asked for _ in range(2)]
     score = 0.1 * rewards.load("tiny2")(images, asked)
     assert point["values"]["tiny2"] == pytest.approx(metrics.mean_and_error(score, asked), abs=1e-5)
-    features = metrics.clip_features(evaluate.presets.FEATURES)(images)
+    features = evaluate.features.clip_features(evaluate.presets.FEATURES)(images)
     expected = metrics.mean_and_error(metrics.group_diversity(features, asked))
     assert point["values"]["diversity"] == pytest.approx(expected, abs=1e-5)
 
@@ -95,8 +95,8 @@ def test_measures_of_the_published_bases(tmp_path, monkeypatch):
     def pooled(*_, **__):
         return lambda images: torch.nn.functional.adaptive_avg_pool2d(images, 1).flatten(1) + 2
 
-    monkeypatch.setattr(evaluate.metrics, "dino_features", pooled)
-    monkeypatch.setattr(evaluate.metrics, "inception_features", pooled)
+    monkeypatch.setattr(evaluate.features, "dino_features", pooled)
+    monkeypatch.setattr(evaluate.features, "inception_features", pooled)
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(7):

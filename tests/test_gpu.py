@@ -19,7 +19,7 @@ PRETENDED = ROOT / "tests" / "pretended_gpu.py"
 OUTSIDE = {  # of a pass, where a run may wait: when it loads, saves and draws pictures, and at the end of an update
     "pretrained/loading.py": {"convert_tensors"},
     "pretrained/saving.py": {"save_unet"},
-    "metrics.py": {"clip_features"},
+    "pretrained/features.py": {"clip_features"},
     "pretrained/text_encoder.py": {"on_cpu"},
     "pretrained/reward_networks.py": {"load", "on_cpu"},
     "train.py": {"main"},  # optimizer.step

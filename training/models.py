@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import rewards
-from metrics import clip_features, dino_features
 from pretrained import lora
+from pretrained.features import clip_features, dino_features
 from training import presets
 from unet import UNet
 from utils import acceleration
