@@ -48,19 +48,43 @@ def source(path: Path, name: str) -> str:
     return "\n".join(path.read_text(encoding="utf-8").splitlines()[node.lineno - 1 : node.end_lineno])
 
 
+def called(node: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """The calls in a piece of code, each with the last part of its function's name."""
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call):
+            yield getattr(call.func, "id", getattr(call.func, "attr", "")), call
+
+
+def flags_in(node: ast.AST) -> set[str]:
+    """The arguments of `add(...)` and `add_argument(...)` that begin with two dashes."""
+    adds = [call for name, call in called(node) if name in ("add", "add_argument")]
+    given = [str(argument.value) for call in adds for argument in call.args if isinstance(argument, ast.Constant)]
+    return {argument for argument in given if argument.startswith("--")}
+
+
+def with_helpers(path: Path, name: str) -> set[str]:
+    """A function of a file and the functions of the same file that it calls, directly or not."""
+    functions = {node.name: node for node in tree(path).body if isinstance(node, ast.FunctionDef)}
+    found, todo = set(), [name]
+    while todo:
+        if (current := todo.pop()) in functions and current not in found:
+            found.add(current)
+            todo += [other for other, _ in called(functions[current])]
+    return found
+
+
 @cache
 def flags(path: Path) -> frozenset[str]:
-    """The flags of a command: first arguments of `add(...)` and `add_argument(...)` that begin with two dashes.
-
-    Also those of a project module from which the command imports `parse_args` or `main`.
-    """
-    imports = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and node.module]
-    parsers = [node.module for node in imports if {"parse_args", "main"} & {alias.name for alias in node.names}]
-    imported = (flags(ROOT / f"{module.replace('.', '/')}.py") for module in parsers)
-    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and node.args]
-    adds = [c for c in calls if getattr(c.func, "id", getattr(c.func, "attr", "")) in ("add", "add_argument")]
-    given = [str(argument.value) for call in adds for argument in call.args if isinstance(argument, ast.Constant)]
-    return frozenset(argument for argument in given if argument.startswith("--")).union(*imported)
+    """The flags of a command: those that its file adds, or the function that it imports from an `options.py`."""
+    found = flags_in(tree(path))
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.endswith("options"):
+            options = ROOT / f"{node.module.replace('.', '/')}.py"
+            for function in set().union(*(with_helpers(options, alias.name) for alias in node.names)):
+                found |= flags_in(names(options)[function])
+        elif isinstance(node, ast.ImportFrom) and "main" in {alias.name for alias in node.names}:
+            found |= flags(ROOT / f"{node.module.replace('.', '/')}.py")
+    return frozenset(found)
 
 
 def code_files() -> list[Path]:

@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTCo
 
 from pretrained import inception
 from pretrained.features import clip_features, dino_features, inception_features
-from utils.images import CLIP_MEAN, CLIP_STD, preprocess
+from pretrained.preprocess import CLIP_MEAN, CLIP_STD, preprocess
 
 
 def noise(k, n):

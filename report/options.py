@@ -1,0 +1,69 @@
+"""Flags of evaluate.py and reproduce.py. Imports no torch, so that `--help` answers at once."""
+
+import argparse
+
+from utils.cli import Parser, number, positive
+
+
+def sweep(text: str) -> tuple[str, list[float]]:
+    """`switch=0,10,30` or `aig=1,2` -> its name and values."""
+    name, _, values = text.partition("=")
+    try:
+        if name not in ("switch", "aig"):
+            raise ValueError
+        return name, [{"switch": int, "aig": float}[name](v) for v in values.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write switch=0,10,30 or aig=1,2") from None
+
+
+def name_list(text: str) -> list[str]:
+    """Names joined by commas, with or without blanks -> the names. An empty name stays, as ''."""
+    return [name.strip() for name in text.split(",")]
+
+
+def evaluate_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """The flags of evaluate.py. Exits with code 2 and one line for a flag that is unknown or has a bad value."""
+    parser = Parser(description)
+    group = parser.add_argument_group("what is evaluated")
+    add = group.add_argument
+    add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
+    add("--checkpoint", action="append", default=[], metavar="[METHOD=]PATH",
+        help="tuned model; repeat for more. METHOD: refl or imagerefl, where its files do not say it")  # fmt: skip
+    add("--sweep", action="append", default=[], type=sweep, metavar="NAME=V,V",
+        help="more points for the curves: switch=0,5,10,20,30 for all models, aig=1,2,4 for ReFL models")  # fmt: skip
+    add("--prompts", help="text file, HPDv2 test.json or benchmark file, COCO captions (default: the base's own)")
+    add("--limit", type=positive, help="use only the first N distinct prompts")
+    add("--images-per-prompt", type=positive, default=5, help="default: 5")
+    add("--seed", type=number(int, 0), default=1, help="seed of each prompt's first image, counted up (default: 1)")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--steps", type=positive, default=40, help="denoising steps (default: 40)")
+    add("--guidance", type=number(float, 0), help="of the base model (default: 7.5, SDXL 5.0, tiny 2.0)")
+    add("--aig-guidance", type=number(float, 0), default=1.0,
+        help="of the base model in AIG (default: 1, no guidance, as in the official code)")  # fmt: skip
+    add("--resolution", type=positive, help="pixels (default: 512, tiny 64)")
+    add("--batch-size", type=positive, help="images per batch (default: 8, tiny 64)")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where the processor supports it")
+    add("--device", help="default: cuda if available, else cpu")
+
+    add = parser.add_argument_group("metrics").add_argument
+    add("--rewards", help="comma-separated names (default: tiny,tiny2, or hpsv2.1)")
+    add("--reward-weights", help="comma-separated files or folders of the rewards, in the same order")
+    add("--dino", help="folder of DINO ViT-S/16 or DINOv2, for DinoDiversity; the tiny base has its own features")
+    add("--inception", help="pytorch-fid's weight file, for FID, CovDist and LogCovDist")
+    add("--reference", help="real images for these three: a folder with metadata.jsonl, or COCO captions")
+    add("--reading", default="ours", metavar="NAME",
+        help="definition of CovDist and LogCovDist, see report/covariance_definitions.py (default: ours)")  # fmt: skip
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output-dir", default="evaluation", help="default: evaluation")
+    add("--points", help="folder of sampled images and their scores, to share them (default: points/ in --output-dir)")
+    return parser.parse(argv)
+
+
+def reproduce_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """The flags of reproduce.py. Exits with code 2 and one line for a flag that is unknown or has a bad value."""
+    parser = Parser(description)
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer updates, prompts and points")
+    parser.add_argument("--output-dir", help="default: runs/reproduction, or runs/reproduction-quick")
+    return parser.parse(argv)
