@@ -1,14 +1,16 @@
-"""The report: what evaluate.py measured, as a Markdown table, CSV, SVG curves, and one page to look at.
+"""The report of evaluate.py: a Markdown table, CSV, and an HTML page with the table, curves and images.
 
     python -m report.page FOLDER
 
-rewrites FOLDER/report.html from FOLDER/results.json and the images beside it: the paper's Table 1, Figures 5, 7, 9, and
-grids with a slider over the switch. The page is one file that loads nothing; its frame is `report/template.html`.
+rewrites FOLDER/report.html from FOLDER/results.json and the images beside it: the paper's Table 1, its trade-off curves
+(Figures 5, 9, 10, 12-15), and images with a slider over the switch step (Figure 4). The page is a single file that
+loads nothing; its template is `report/template.html`.
 """
 
 import base64
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -18,16 +20,28 @@ from pathlib import Path
 
 from PIL import Image
 
-from report.curves import column, curves, families, family, mixture, number, stat, text
+from report.curves import (
+    checkpoint_names,
+    column,
+    curves,
+    families,
+    family,
+    full_label,
+    number,
+    schedule,
+    stat,
+    text,
+)
 from utils import cli
 
 ARROWS = {"higher": "↑", "lower": "↓"}
-SIDE, SEEDS, PAGE = 192, 2, 6  # of the grid: pixels of an image at most, seeds in a cell, prompts shown at a time
-PROMPTS, BYTES = 24, 8_000_000  # and in all: prompts at most, and the size of the page that they may reach
+SIDE, SEEDS, PAGE = 192, 2, 6  # image grid: largest side in pixels, seeds per cell, prompts shown at a time
+PROMPTS, BYTES = 24, 8_000_000  # limits of the image grid: number of prompts, and bytes of the page
+BOLD = "Bold: better than every other row by more than the standard error of the difference."
 
 
 def read(folder: Path) -> dict:
-    """FOLDER/results.json. Raises ValueError or OSError when it is not there or not what evaluate.py writes."""
+    """FOLDER/results.json. Raises ValueError or OSError when it is missing or not as evaluate.py writes it."""
     path = folder / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; give the output folder of evaluate.py")
@@ -50,63 +64,87 @@ def read(folder: Path) -> dict:
     return results
 
 
+def best_row(rows: list[dict], c: dict) -> dict | None:
+    """The tuned row that is better in a column than every other row, the base's included, beyond the error.
+
+    That is, by more than the standard error of the difference of two independent means. (All rows share prompts and
+    seeds, which makes the true error smaller.) None without such a row, without two tuned rows to compare, or where an
+    error is unknown.
+    """
+    sign = 1 if c["better"] == "higher" else -1
+    known = [(p, *stat(p, c["key"])) for p in rows if stat(p, c["key"])[0] is not None]
+    if sum(p["checkpoint"] is not None for p, _, _ in known) < 2:
+        return None
+    best, mean, error = max(known, key=lambda row: sign * row[1])
+    for other, mean_other, error_other in known:
+        if other is best:
+            continue
+        if error is None or error_other is None or sign * (mean - mean_other) <= math.hypot(error, error_other):
+            return None
+    return best if best["checkpoint"] else None
+
+
 def table(results: dict) -> list[tuple[str, str, list[tuple[str, str, bool]]]]:
-    """Rows of the table: model, mixture, and for each column: mean, error ('' if unknown), best of the tuned models."""
+    """Rows of the table: model, schedule, and for each column: mean, error ('' if unknown), whether it is bold."""
     rows, lines = [p for p in results["points"] if p["row"]], []
     labels = [p["label"] for p in rows]
     rows.sort(key=lambda p: labels.index(p["label"]))  # training runs of one method together
-    best = {}
-    for c in results["columns"]:
-        means = [mean for mean, _ in (stat(p, c["key"]) for p in rows if p["checkpoint"]) if mean is not None]
-        best[c["key"]] = (max if c["better"] == "higher" else min)(means, default=None)
+    best = {c["key"]: best_row(rows, c) for c in results["columns"]}
     for p in rows:
-        several = p["checkpoint"] and labels.count(p["label"]) > 1
         cells = []
         for c in results["columns"]:
             mean, error = stat(p, c["key"])
-            wins = p["checkpoint"] is not None and mean is not None and mean == best[c["key"]]
-            cells.append((number(mean, c["digits"]), "" if error is None else number(error, c["digits"]), wins))
-        name = f"{p['label']} ({Path(p['checkpoint']).name})" if several else p["label"]
-        lines.append((name, mixture(results, p), cells))
+            error = "" if error is None else number(error, c["digits"])
+            cells.append((number(mean, c["digits"]), error, p is best[c["key"]]))
+        lines.append((full_label(results, p), schedule(results, p), cells))
     return lines
 
 
+def notes(results: dict) -> list[str]:
+    """The notes under the table: what bold type means, if there is any, and those of the evaluation."""
+    bold = any(best for _, _, cells in table(results) for _, _, best in cells)
+    return [BOLD] * bold + results["notes"]
+
+
 def markdown(results: dict) -> str:
-    """The table in Markdown, mean ± standard error, the best of the tuned models bold; the notes under it."""
-    lines = [["Model", "Mixture", *(f"{c['title']} {ARROWS[c['better']]}" for c in results["columns"])]]
+    """The table in Markdown: mean ± standard error, the best values bold (see `best_row`); the notes under it."""
+    lines = [["Model", "Base + tuned steps", *(f"{c['title']} {ARROWS[c['better']]}" for c in results["columns"])]]
     lines.append(["---", "---", *["---:"] * len(results["columns"])])
-    for name, mixed, cells in table(results):
+    for name, steps, cells in table(results):
         values = [(f"{mean} ± {error}" if error else mean, best) for mean, error, best in cells]
-        lines.append([name, mixed, *(f"**{value}**" if best else value for value, best in values)])
+        lines.append([name, steps, *(f"**{value}**" if best else value for value, best in values)])
     rows = [" | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) for line in lines]
-    return "".join(f"| {row} |\n" for row in rows) + "".join(f"\n{note}\n" for note in results["notes"])
+    return "".join(f"| {row} |\n" for row in rows) + "".join(f"\n{note}\n" for note in notes(results))
 
 
 def csv(results: dict) -> str:
-    """All points, one a line: what it is, then mean and standard error of each column, empty if unknown."""
-    about, keys, out = ("label", "row", "checkpoint", "method", "kind", "value"), results["columns"], io.StringIO()
+    """All points, one per line: what the point is, then mean and standard error of each column, empty if unknown."""
+    fields, keys, out = ("label", "row", "checkpoint", "method", "kind", "value"), results["columns"], io.StringIO()
     lines = writer(out, lineterminator="\n")
-    lines.writerow([*about, *(name for c in keys for name in (c["key"], f"{c['key']}_error"))])
+    lines.writerow([*fields, *(name for c in keys for name in (c["key"], f"{c['key']}_error"))])
     for point in results["points"]:
-        lines.writerow([*(point[key] for key in about), *(value for c in keys for value in stat(point, c["key"]))])
+        lines.writerow([*(point[key] for key in fields), *(value for c in keys for value in stat(point, c["key"]))])
     return out.getvalue()
 
 
 @dataclass
 class Column:
-    """A column of the image grid. A state is "RUN.STOP": the training run, and the slider's stop ("table": its row)."""
+    """A column of the image grid.
+
+    A state of the page is "RUN.STOP": the chosen training run, and the slider's stop, "table" for the table's rows.
+    """
 
     title: str
-    moves: bool  # with the slider: a mixture by a switch
+    moves: bool  # whether the slider changes its point: combined generation
     when: dict[int, list[str]]  # point -> the states in which it is shown
 
     def each(self, show: Callable[[int, str], str]) -> str:
-        """`show(point, attribute)` of every point, the attribute naming its states, where there is a choice."""
+        """`show(point, attribute)` for every point; if there are several, the attribute lists the point's states."""
         return "".join(show(i, f' data-at="{" ".join(at)}"' * (len(self.when) > 1)) for i, at in self.when.items())
 
 
 def grid_columns(results: dict) -> tuple[list[str], list[Column]]:
-    """The slider's stops (none without a sweep that all moving columns share), and a column for each of the table."""
+    """The slider's stops (the values of a sweep that all moving columns share), and a column per label of the table."""
     points, checkpoints = results["points"], families(results)
     rows: dict[tuple, dict] = {}  # (label, family) -> checkpoint -> point
     for i, p in enumerate(points):
@@ -138,8 +176,8 @@ def grid_columns(results: dict) -> tuple[list[str], list[Column]]:
     return [f"{stop:g}" for stop in stops], columns
 
 
-def picture(path: Path) -> str:
-    """An image as a data URI, at most SIDE pixels wide. Raises OSError that names what is missing or not an image."""
+def data_uri(path: Path) -> str:
+    """An image file as a data URI, its longer side at most SIDE pixels. Raises OSError for a missing file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image; run evaluate.py again to sample it")
     image, out = Image.open(path).convert("RGB"), io.BytesIO()
@@ -149,19 +187,19 @@ def picture(path: Path) -> str:
 
 
 def grid(results: dict, columns: list[Column], folder: Path) -> tuple[str, str]:
-    """Rows of images for prompts spread over the list, as many as the page may hold; and a line that says which."""
+    """Rows of images for prompts spread evenly over the list, within PROMPTS and BYTES; and a line that says which."""
     points, prompts = results["points"], results["prompts"]
     seeds = [results["seed"] + k for k in range(min(SEEDS, results["images_per_prompt"]))]
 
     def cell(p: int, title: str, i: int, at: str) -> str:
-        alt = text(f"{prompts[p]}: {title}, {mixture(results, points[i])}")
+        alt = text(f"{prompts[p]}: {title}, {schedule(results, points[i])}")
         files = [(seed, folder / points[i]["folder"] / f"{p:05d}-{seed}.png") for seed in seeds]
-        return "".join(f'<img{at} alt="{alt}, seed {seed}" src="{picture(path)}">' for seed, path in files)
+        return "".join(f'<img{at} alt="{alt}, seed {seed}" src="{data_uri(path)}">' for seed, path in files)
 
     def row(n: int, p: int) -> str:
         cells = "".join(f"<td>{c.each(lambda i, at, c=c: cell(p, c.title, i, at))}</td>" for c in columns)
-        said = text(prompts[p])
-        head = f'<th scope="row"><span title="{said}">{said}</span></th>'
+        prompt = text(prompts[p])
+        head = f'<th scope="row"><span title="{prompt}">{prompt}</span></th>'
         return f'<tr data-page="{n // PAGE}">{head}{cells}</tr>\n'
 
     count = min(PROMPTS, len(prompts), max(1, BYTES // len(row(0, 0))))
@@ -171,7 +209,7 @@ def grid(results: dict, columns: list[Column], folder: Path) -> tuple[str, str]:
 
 
 def summary(results: dict) -> str:
-    """What was drawn, and what became of quality and diversity (means over training runs), in sentences."""
+    """In sentences: what was sampled, and the quality and diversity of each row, averaged over training runs."""
     steps, tuned = results["steps"], [p for p in results["points"] if p["row"] and p["checkpoint"]]
     labels = list(dict.fromkeys(p["label"] for p in tuned))
     quality, diversity = column(results, results["axes"]["quality"][0]), results["axes"]["diversity"]
@@ -181,20 +219,20 @@ def summary(results: dict) -> str:
         return sum(means) / len(means) if means else None
 
     first, prompts, seeds = steps // 4, len(results["prompts"]), results["images_per_prompt"]
-    said = (
-        f"Each model draws the same {prompts} prompts from the same {seeds} seeds in {steps} steps; the base model, "
-        f"“{results['base']}”, has guidance {results['guidance']:g}. In a mixture of {first} + {steps - first} the "
-        f"base model takes the first {first} steps and the tuned one the rest."
+    sentences = (
+        f"Each model samples the same {prompts} prompts from the same {seeds} seeds in {steps} steps; the base model, "
+        f"“{results['base']}”, has guidance {results['guidance']:g}. “{first} + {steps - first}” stands for combined "
+        f"generation: the base model takes the first {first} steps, the tuned one the other {steps - first}."
     )
     base, most = (stat(results["points"][0], key)[0] for key in (quality["key"], diversity))
     values = [f"{number(mean(label, quality['key']), quality['digits'])} for {label}" for label in labels]
     shares = [(label, mean(label, diversity)) for label in labels if most]  # none where it is not measured
     kept = [f"{label} {100 * share / most:.0f}\u00a0%" for label, share in shares if share is not None]
     if values:
-        said += f" {quality['title']} is {number(base, quality['digits'])} for the base, {', '.join(values)}."
+        sentences += f" {quality['title']} is {number(base, quality['digits'])} for the base, {', '.join(values)}."
     if kept:
-        said += f" Share of the base’s diversity: {', '.join(kept)}."
-    return said
+        sentences += f" Share of the base’s diversity: {', '.join(kept)}."
+    return sentences
 
 
 def write(results: dict, folder: Path) -> Path:
@@ -205,9 +243,9 @@ def write(results: dict, folder: Path) -> Path:
     axes = [column(results, key) for key in (results["axes"]["quality"][0], results["axes"]["diversity"]) if key]
     drawn = results["axes"]["quality"] if results["axes"]["diversity"] else []  # no curves without a diversity
 
-    def reading(i: int, at: str, c: Column) -> str:
+    def slider_values(i: int, at: str, c: Column) -> str:
         values = "".join(f"<td>{number(stat(points[i], axis['key'])[0], axis['digits'])}</td>" for axis in axes)
-        return f'<tr{at}><th scope="row">{text(c.title)}</th><td>{mixture(results, points[i])}</td>{values}</tr>'
+        return f'<tr{at}><th scope="row">{text(c.title)}</th><td>{schedule(results, points[i])}</td>{values}</tr>'
 
     def value(mean: str, error: str, best: bool) -> str:
         return f'<td class="mean{" best" * best}">{mean}</td><td class="error">{error and f"±&nbsp;{error}"}</td>'
@@ -215,7 +253,8 @@ def write(results: dict, folder: Path) -> Path:
     runs = ["1"]
     if checkpoints:
         most = max(map(len, checkpoints.values()))
-        runs = [", ".join(Path(c[min(k, len(c) - 1)]).name for c in checkpoints.values()) for k in range(most)]
+        names = checkpoint_names(results)
+        runs = [", ".join(names[c[min(k, len(c) - 1)]] for c in checkpoints.values()) for k in range(most)]
     lit: dict[str, list[int]] = {}
     for c in columns:
         for i, at in c.when.items() if c.moves else ():
@@ -229,11 +268,12 @@ def write(results: dict, folder: Path) -> Path:
             for c in results["columns"]
         ),
         "body": "".join(
-            f'<tr><th scope="row">{text(name)}</th><td class="mix">{mixed}</td>'
+            f'<tr><th scope="row">{text(name)}</th><td class="mix">{steps}</td>'
             f"{''.join(value(*cell) for cell in cells)}</tr>\n"
-            for name, mixed, cells in table(results)
+            for name, steps, cells in table(results)
         ),
-        "notes": "".join(f"<p>{text(note)}</p>" for note in results["notes"]),
+        "notes": "".join(f"<p>{text(note)}</p>" for note in notes(results)),
+        "no_curves": "hidden" * (not drawn),
         "no_runs": "hidden" * (len(runs) < 2),
         "no_slider": "hidden" * (not stops),
         "no_bar": "hidden" * (len(runs) < 2 and not stops),
@@ -241,11 +281,11 @@ def write(results: dict, folder: Path) -> Path:
         "last": str(len(stops)),
         "ticks": "".join(f"<span>{stop}</span>" for stop in ["table", *stops]),
         "axes": "".join(f'<th scope="col">{text(axis["title"])}</th>' for axis in axes),
-        "readings": "".join(c.each(lambda i, at, c=c: reading(i, at, c)) for c in columns if c.moves),
+        "slider_values": "".join(c.each(lambda i, at, c=c: slider_values(i, at, c)) for c in columns if c.moves),
         "curves": "".join(f"<figure>{curves(results, key)}</figure>" for key in drawn),
         "heads": "".join(
             f'<th scope="col">{text(c.title)} '
-            f"{c.each(lambda i, at: f'<small{at}>{mixture(results, points[i])}</small>')}</th>"
+            f"{c.each(lambda i, at: f'<small{at}>{schedule(results, points[i])}</small>')}</th>"
             for c in columns
         ),
         "columns": str(len(columns)),

@@ -156,6 +156,7 @@ CASES = [
     ("evaluate", "--sweep switch=a", "write switch=0,10,30 or aig=1,2"),
     ("evaluate", "--rewards tiny,beauty", "beauty"),
     ("evaluate", "--rewards tiny,tiny2 --reward-weights one", "needs 2"),
+    ("evaluate", "--rewards tiny,tiny2,tiny", "tiny is there twice"),
     ("evaluate", "--reading mine", "--reading mine"),
     ("evaluate", "--prompts nowhere.txt", "nowhere.txt"),
     ("evaluate", "--prompts {bad}/blank.txt", "holds no prompt"),

@@ -1,11 +1,15 @@
 """The evaluation command on the tiny base."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import metrics
@@ -133,6 +137,68 @@ def test_a_list_of_prompts_may_be_called_captions(tmp_path):
     (tmp_path / "captions.json").write_text('["octopus", "fox"]')
     args = evaluate.parse_args(["--prompts", str(tmp_path / "captions.json"), "--output-dir", str(tmp_path / "e")])
     assert evaluate.prompts_of(args, evaluate.presets.TINY) == (["octopus", "fox"], [])
+
+
+def test_repeated_prompts_are_counted_once_and_reported(tmp_path):
+    (tmp_path / "once.txt").write_text("octopus\nfox\nred apple\n")
+    (tmp_path / "twice.txt").write_text("octopus\nfox\nOctopus\nfox\nred apple\nred  apple\n")
+    once, twice = (run(tmp_path / name, "--steps=1", f"--prompts={tmp_path / name}.txt") for name in ("once", "twice"))
+    assert twice["prompts"] == ["octopus", "fox", "red apple"]
+    for a, b in zip(once["points"], twice["points"], strict=True):
+        for key, pair in a["values"].items():
+            assert b["values"][key] == pytest.approx(pair, rel=1e-5), key
+    assert "3 of the 6 prompts repeat another one; each is counted once." in twice["notes"]
+    assert not any("repeat" in note for note in once["notes"])
+
+
+def test_right_concept_is_measured_on_prompts_that_name_one(tmp_path):
+    names, free = "octopus, flat style\nfox\n", "a purple dream of the sea\n"
+    found = {}
+    for name, text in (("all", names), ("some", names + free), ("none", free + "two of them\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+        found[name] = run(tmp_path / name, "--steps=1", f"--prompts={tmp_path / name}.txt")
+    keys = {name: [c["key"] for c in results["columns"]] for name, results in found.items()}
+    assert keys["all"] == keys["some"] and "concept" in keys["all"]
+    assert keys["none"] == [key for key in keys["all"] if key != "concept"]
+    for every, some in zip(found["all"]["points"], found["some"]["points"], strict=True):
+        assert some["values"]["concept"] == every["values"]["concept"]
+    notes = [note for name in found for note in found[name]["notes"] if "ight concept" in note]
+    assert [note[:17] for note in notes] == ["Right concept: ov", "No right concept:"]
+    assert "2 of 3 prompts" in notes[0]
+
+
+def test_one_image_per_prompt_says_why_there_is_no_diversity(tmp_path):
+    results = run(tmp_path, "--steps=1", "--images-per-prompt=1")
+    assert "diversity" not in [c["key"] for c in results["columns"]]
+    (note,) = (note for note in results["notes"] if note.startswith("No diversity"))
+    assert "--images-per-prompt 2" in note and note in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "Quality against diversity</h2>" not in re.sub("<h2 hidden>.*", "", (tmp_path / "report.html").read_text())
+
+
+def test_names_of_rewards_may_be_separated_by_blanks(tmp_path):
+    results = run(tmp_path, "--steps=1", "--rewards", " tiny2, tiny ")
+    assert [c["key"] for c in results["columns"]][:2] == results["axes"]["quality"] == ["tiny2", "tiny"]
+
+
+def test_checkpoints_of_one_folder_name_have_rows_of_their_own(tmp_path):
+    folders = [tmp_path / seed / "model" for seed in ("seed 1", "seed 2")]
+    for folder in folders:
+        shutil.copytree(TUNED, folder)
+    (file,) = folders[1].glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    save_file({key: 1.5 * t for key, t in tensors.items()}, file, metadata)
+    results = run(tmp_path / "two", *(f"--checkpoint={folder}" for folder in folders))
+    values = {p["checkpoint"]: p["values"]["tiny"] for p in results["points"] if p["row"] and p["checkpoint"]}
+    assert list(values) == [str(folder) for folder in folders]
+    table = (tmp_path / "two" / "table.md").read_text(encoding="utf-8")
+    for folder, name in zip(folders, ("seed 1/model", "seed 2/model"), strict=True):
+        assert f"| ImageReFL ({name}) | 3 + 1 | {values[str(folder)][0]:.3f} " in table
+
+    shutil.copy(next(TUNED.glob("*.safetensors")), file)  # now a copy
+    results = run(tmp_path / "copy", *(f"--checkpoint={folder}" for folder in folders))
+    assert f"{folders[1]}: the same weights as another checkpoint; measured once." in results["notes"]
 
 
 def test_other_prompts_are_other_images(evaluated):

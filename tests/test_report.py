@@ -151,19 +151,74 @@ def test_runs_of_one_method_share_a_colour(tmp_path):
     assert {line.get("stroke-width") for line in lines} == {"1"}
 
 
-def test_markdown_shows_errors_and_the_best_tuned_model(tmp_path):
+def test_markdown_shows_errors_and_the_best_value(tmp_path):
     results = make(tmp_path)
     results["points"][2]["label"] = "A | B"
     lines = report.markdown(results).splitlines()
     assert lines[:5] == [
-        "| Model | Mixture | tiny (trained) ↑ | Diversity ↑ | FID ↓ |",
+        "| Model | Base + tuned steps | tiny (trained) ↑ | Diversity ↑ | FID ↓ |",
         "| --- | --- | ---: | ---: | ---: |",
         "| Base | 40 + 0 | 0.90 ± 0.01 | 0.010 ± 0.002 | −0.5 |",
-        "| ReFL | 0 + 40 | **0.85 ± 0.01** | 0.020 ± 0.002 | **0.5** |",
-        "| A \\| B | power 1 | 0.80 ± 0.01 | 0.030 ± 0.002 | 1.5 |",
+        "| ReFL | 0 + 40 | 0.85 ± 0.01 | 0.020 ± 0.002 | 0.5 |",  # the base is better
+        "| A \\| B | λ = 1 | 0.80 ± 0.01 | 0.030 ± 0.002 | 1.5 |",
     ]
     assert lines[6] == "| ImageReFL | 30 + 10 | 0.60 ± 0.01 | **0.070 ± 0.002** | 5.5 |"
-    assert lines[7:] == ["", "features: <tiny>"]
+    assert lines[7:] == ["", report.BOLD, "", "features: <tiny>"]
+
+
+def bold(results: dict, column: str = "Diversity ↑") -> list[str]:
+    """The bold values of a column of the Markdown table."""
+    table = [
+        [cell.strip() for cell in line.split("|")] for line in report.markdown(results).splitlines() if "|" in line
+    ]
+    at = table[0].index(column)
+    return [row[at].strip("*") for row in table if row[at].startswith("**")]
+
+
+def set_diversity(results: dict, *values: tuple[float, float | None]) -> dict:
+    """The diversity of the table's rows: base, ReFL, AIG, Combined, ImageReFL."""
+    for point, pair in zip([p for p in results["points"] if p["row"]], values, strict=False):
+        point["values"]["diversity"] = list(pair)
+    return results
+
+
+def test_a_single_tuned_row_is_not_bold(tmp_path):
+    results = set_diversity(make(tmp_path, methods=("imagerefl",)), (0.1, 0.01), (0.5, 0.01))
+    assert bold(results) == [] and "Bold" not in report.markdown(results)
+
+
+def test_a_value_worse_than_the_base_is_not_bold(tmp_path):
+    values = [(0.9, 0.01), (0.3, 0.01), (0.4, 0.01), (0.5, 0.01), (0.8, 0.01)]
+    assert bold(set_diversity(make(tmp_path), *values)) == []
+
+
+def test_a_value_is_bold_only_beyond_the_error_of_the_difference(tmp_path):
+    results, others = make(tmp_path), [(0.1, 0.01), (0.3, 0.03), (0.2, 0.01), (0.1, 0.01)]
+    assert bold(set_diversity(results, *others, (0.36, 0.04))) == ["0.360 ± 0.040"]  # 0.06 above 0.3 ± 0.05
+    assert bold(set_diversity(results, *others, (0.34, 0.04))) == []
+    assert bold(set_diversity(results, *others, (0.36, None))) == []
+    assert 'class="mean best"' not in report.write(results, tmp_path).read_text(encoding="utf-8")
+
+
+def test_lower_is_bold_where_lower_is_better(tmp_path):
+    results = make(tmp_path)
+    for n, point in enumerate(p for p in results["points"] if p["row"]):
+        point["values"]["fid"] = [9 - n, 0.1]
+    assert bold(results, "FID ↓") == ["5.0 ± 0.1"]
+
+
+def test_checkpoints_with_one_folder_name_are_told_apart_in_table_and_page(tmp_path):
+    results = make(tmp_path, runs=2)
+    for point in results["points"]:
+        if point["checkpoint"]:
+            method, run = point["checkpoint"].removeprefix("runs/").split("-")
+            point["checkpoint"] = f"runs/seed {run}/{method}/unet"
+    table = report.markdown(results)
+    assert "| ReFL (seed 0/refl/unet) |" in table and "| ReFL (seed 1/refl/unet) |" in table
+    page = Page(report.write(results, tmp_path))
+    assert "seed 0/refl/unet, seed 0/imagerefl/unet" in page.source  # the choice of the training run
+    tooltips = re.findall(r"<title>(ReFL AIG[^,]*)", page.source)
+    assert tooltips == ["ReFL AIG (seed 0/refl/unet)", "ReFL AIG (seed 1/refl/unet)"]
 
 
 def test_csv_holds_every_point(tmp_path):
@@ -181,7 +236,7 @@ def test_the_table_of_the_page_is_that_of_the_results(tmp_path):
     page = Page(report.write(make(tmp_path), tmp_path))
     assert ["ReFL Combined", "10 + 30", "0.75", "±\xa00.01", "0.040", "±\xa00.002", "2.5", ""] in page.rows
     best = re.findall(r'<td class="mean best">([^<]*)<', page.source)
-    assert best == ["0.85", "0.5", "0.070"]
+    assert best == ["0.070"]
 
 
 def test_the_page_loads_nothing(tmp_path):
@@ -192,7 +247,7 @@ def test_the_page_loads_nothing(tmp_path):
     assert "url(" not in page.source and "@import" not in page.source
 
 
-def test_prompts_survive_whatever_they_hold(tmp_path):
+def test_any_characters_in_prompts_are_shown(tmp_path):
     page = Page(report.write(make(tmp_path), tmp_path))
     titles = [a["title"] for a in page.all("span") if "title" in a]
     assert titles == [p.replace("\ud800", "\ufffd").replace("\x0b", "\ufffd") for p in NASTY]
@@ -291,7 +346,7 @@ def test_a_missing_image_is_named_and_nothing_is_written(tmp_path):
         (lambda r: r["points"][1].pop("folder"), "KeyError('folder')"),
     ),
 )
-def test_bad_results_are_told_in_one_line(tmp_path, content, message):
+def test_bad_results_are_reported_in_one_line(tmp_path, content, message):
     path = tmp_path / "results.json"
     if callable(content):
         results = make(tmp_path)
