@@ -75,15 +75,17 @@ def with_helpers(path: Path, name: str) -> set[str]:
 
 @cache
 def flags(path: Path) -> frozenset[str]:
-    """The flags of a command: those that its file adds, or the function that it imports from an `options.py`."""
+    """The flags of a command: those that its file adds, and those that a function added elsewhere gives it.
+
+    That is what it imports from an `options.py`, or as `main` or `parse_args` from another file.
+    """
     found = flags_in(tree(path))
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.endswith("options"):
-            options = ROOT / f"{node.module.replace('.', '/')}.py"
-            for function in set().union(*(with_helpers(options, alias.name) for alias in node.names)):
-                found |= flags_in(names(options)[function])
-        elif isinstance(node, ast.ImportFrom) and "main" in {alias.name for alias in node.names}:
-            found |= flags(ROOT / f"{node.module.replace('.', '/')}.py")
+        file = ROOT / f"{(getattr(node, 'module', '') or '').replace('.', '/')}.py"
+        if isinstance(node, ast.ImportFrom) and file.is_file():
+            given = [a.name for a in node.names if file.name == "options.py" or a.name in ("main", "parse_args")]
+            for function in set().union(*(with_helpers(file, name) for name in given)):
+                found |= flags_in(names(file)[function])
     return frozenset(found)
 
 
