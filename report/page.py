@@ -255,11 +255,11 @@ def write(results: dict, folder: Path) -> Path:
         most = max(map(len, checkpoints.values()))
         names = checkpoint_names(results)
         runs = [", ".join(names[c[min(k, len(c) - 1)]] for c in checkpoints.values()) for k in range(most)]
-    lit: dict[str, list[int]] = {}
+    highlighted: dict[str, list[int]] = {}
     for c in columns:
         for i, at in c.when.items() if c.moves else ():
             for state in at:
-                lit.setdefault(state, []).append(i)
+                highlighted.setdefault(state, []).append(i)
     parts = {
         "title": text(f"Quality and diversity: {results['base']}"),
         "intro": text(summary(results)),
@@ -291,7 +291,7 @@ def write(results: dict, folder: Path) -> Path:
         "columns": str(len(columns)),
         "grid": rows,
         "count": count,
-        "lit": json.dumps(lit),
+        "highlighted": json.dumps(highlighted),
         "stops": json.dumps(["table", *stops]),
     }
     template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
