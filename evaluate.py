@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-import weights
+from pretrained import loading
 from report import results as report
 from report.covariance_definitions import DEFINITIONS
 from report.metric_errors import fid_floor
@@ -41,7 +41,7 @@ def complete(args, row: presets.Preset) -> None:
     args.device = choose_device(args.device)
     cli.check_writable(Path(args.output_dir))
     args.dtype = args.dtype or default_dtype(args.device)
-    weights.check_resolution(args.base, args.resolution)
+    loading.check_resolution(args.base, args.resolution)
     for flag in ("dino", "inception"):
         if tiny and getattr(args, flag):
             raise ValueError(f"--{flag}: the tiny base is measured by its own features; leave it out")
@@ -95,7 +95,7 @@ def real_features(args, jobs: list[Job], scorers: dict[str, Scorer]) -> tuple[Te
 
 def main(args) -> dict:
     """Sample, measure, write; returns what results.json holds. Raises ValueError or OSError for bad input."""
-    row = presets.preset_for(args.base, weights.read_config(args.base, "unet"))
+    row = presets.preset_for(args.base, loading.read_config(args.base, "unet"))
     complete(args, row)
     prompts, notes = prompts_of(args, row)
     jobs = [(p, args.seed + k) for p in range(len(prompts)) for k in range(args.images_per_prompt)]

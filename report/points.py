@@ -14,9 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import weights
 from combined import aig_weights, combined_weights
-from pretrained import weight_files
+from pretrained import loading, weight_files
 from report.curves import METHODS
 from report.sweep import generate_each
 from scheduler import Scheduler
@@ -80,7 +79,7 @@ def method_and_path(checkpoint: str) -> tuple[str, str]:
     method, _, path = checkpoint.partition("=")
     if method not in METHODS:
         method, path = "", checkpoint
-    method = method or weights.tuning_metadata(path).get("method")
+    method = method or loading.tuning_metadata(path).get("method")
     if method not in METHODS:
         raise ValueError(f"--checkpoint {checkpoint}: say how it was tuned, refl={path} or imagerefl={path}")
     return method, path
@@ -135,15 +134,15 @@ def sample_missing(args, points: list[Point], prompts: list[str], jobs: list[Job
     if not incomplete:
         return
     dtype, size = frozen_dtype(args), (args.resolution, args.resolution)
-    vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
+    vae, text = loading.load_vae(args.base, args.device, dtype), loading.load_text(args.base, args.device, dtype)
     for_sampling(vae.decoder)
     scheduler = Scheduler(args.steps)
     batches = [jobs[at : at + args.batch_size] for at in range(0, len(jobs), args.batch_size)]
     for checkpoint in dict.fromkeys(p.checkpoint for p in incomplete):
         if checkpoint is None:
-            base = tuned = for_sampling(weights.load_unet(args.base, args.device, dtype))
+            base = tuned = for_sampling(loading.load_unet(args.base, args.device, dtype))
         else:
-            base, tuned = weights.load_tuned(checkpoint, args.base, args.device, dtype, prepare=for_sampling)
+            base, tuned = loading.load_tuned(checkpoint, args.base, args.device, dtype, prepare=for_sampling)
         own = [p for p in incomplete if p.checkpoint == checkpoint]
         for part in tqdm(batches, f"{checkpoint or 'base'}, {len(own)} schedules", unit="batch"):
             texts, seeds = [prompts[p] for p, _ in part], [seed for _, seed in part]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import metrics
 import rewards
-import weights
+from pretrained import loading
 from report import metric_errors, page
 from report.points import Job, Point
 from report.scorers import Scorer, cached_columns, concept_of, sampled_batches
@@ -98,7 +98,7 @@ def left_out_notes(args, scorers: dict[str, Scorer], prompts: list[str], concept
 
 def checkpoint_notes(points: list[Point], checkpoints: list[str]) -> list[str]:
     """What the models were tuned on, and checkpoints that add no point because they are copies of another one."""
-    trained = {weights.tuning_metadata(path).get("reward") for path in checkpoints} - {None}
+    trained = {loading.tuning_metadata(path).get("reward") for path in checkpoints} - {None}
     notes = [f"Tuned on {', '.join(sorted(trained))}; other rewards are held out."] * bool(trained)
     measured = {p.checkpoint for p in points}
     copies = [path for path in dict.fromkeys(checkpoints) if path not in measured]

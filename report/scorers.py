@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import rewards
+from pretrained import reward_files
 from pretrained.features import dino_features, inception_features
 from report.covariance_definitions import definition_notes
 from report.options import name_list
@@ -65,7 +66,7 @@ def reward_scorers(args) -> dict[str, Scorer]:
     found = {}
     for name, source in zip(names, sources, strict=True):
         scorer = reward_scorer(name, source or None, args.device)
-        found[f"{name}.{fingerprint(rewards.find_checkpoint(name, source or None))}"] = scorer
+        found[f"{name}.{fingerprint(reward_files.find_checkpoint(name, source or None))}"] = scorer
     return found
 
 
