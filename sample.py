@@ -19,8 +19,16 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import weights
 from combined import aig_weights, cfg, combine, combined_weights, conditional, initial_noise
+from pretrained.loading import (
+    check_resolution,
+    load_text,
+    load_tuned,
+    load_vae,
+    own_base,
+    read_config,
+    tuning_metadata,
+)
 from scheduler import Scheduler
 from training.data import check_unicode, read_prompts
 from utils.acceleration import for_sampling
@@ -31,40 +39,35 @@ GROUP = 8  # batches per group; the base model finishes a whole group before the
 GRID_PROMPTS = 64  # prompts in grid.png
 
 
+@torch.no_grad()
 def main(args: Namespace) -> None:
-    schedule = resolve(args)
+    weights = resolve(args)  # of the tuned model, at each step
     scheduler, size, n = Scheduler(args.steps, args.eta), (args.resolution, args.resolution), args.images_per_prompt
-    dtype = frozen_dtype(args)
-    base, tuned = weights.load_tuned(
-        args.checkpoint, args.base, args.device, dtype, args.aig is None, lambda unet: for_sampling(unet, args.compile)
+    dtype, one_at_a_time = frozen_dtype(args), args.aig is None
+    base, tuned = load_tuned(
+        args.checkpoint, args.base, args.device, dtype, one_at_a_time, lambda unet: for_sampling(unet, args.compile)
     )
-    vae, text = weights.load_vae(args.base, args.device, dtype), weights.load_text(args.base, args.device, dtype)
+    vae, text = load_vae(args.base, args.device, dtype), load_text(args.base, args.device, dtype)
     for_sampling(vae.decoder, args.compile)
-    one_model = schedule.count(0.0) if set(schedule) <= {0.0, 1.0} else 0  # steps that only the base model takes
-    phases = [scheduler.steps[:one_model], scheduler.steps[one_model:]]
+    switch = weights.count(0.0) if one_at_a_time else 0
+    phases = [scheduler.steps[:switch], scheduler.steps[switch:]]  # one model is in memory in each
 
-    @torch.no_grad()
-    def sample(batches: list[list[tuple[str, int]]]) -> list:
-        """Images of batches of (prompt, seed) pairs; every batch is through a phase before the next one starts."""
-        states = []
-        for batch in batches:
-            prompts, seeds = map(list, zip(*batch, strict=True))
-            c, c_empty = text(prompts, size), text([""] * len(batch), size)
-            x_T, generators = initial_noise(vae, seeds, size, args.device)
-            states.append([x_T, generators, cfg(base, c, c_empty, args.guidance), conditional(tuned, c)])
-        for steps in phases:
-            for state in states:
-                x_t, generators, eps_base, eps_tuned = state
-                state[0] = combine(scheduler, eps_base, eps_tuned, schedule, x_t, generators, steps, bar.update)
-        return [image for x0, *_ in states for image in to_pil(vae.decode(x0))]
-
-    output, shown = Path(args.output_dir), []
     jobs = [(prompt, args.seed + k) for prompt in args.prompts for k in range(n)]
     batches = [jobs[at : at + args.batch_size] for at in range(0, len(jobs), args.batch_size)]
+    output, done, shown = Path(args.output_dir), 0, []
     with tqdm(total=len(batches) * args.steps, desc="sampling", unit="step") as bar, sampling_autocast(args):
-        done = 0
-        for at in range(0, len(batches), GROUP):
-            for image in sample(batches[at : at + GROUP]):
+        for group in (batches[at : at + GROUP] for at in range(0, len(batches), GROUP)):
+            samples = []
+            for batch in group:
+                prompts, seeds = map(list, zip(*batch, strict=True))
+                c, c_empty = text(prompts, size), text([""] * len(batch), size)
+                x_T, generators = initial_noise(vae, seeds, size, args.device)
+                samples.append([x_T, generators, cfg(base, c, c_empty, args.guidance), conditional(tuned, c)])
+            for steps in phases:
+                for sample in samples:
+                    x_t, generators, eps_base, eps_tuned = sample
+                    sample[0] = combine(scheduler, eps_base, eps_tuned, weights, x_t, generators, steps, bar.update)
+            for image in (image for x0, *_ in samples for image in to_pil(vae.decode(x0))):
                 prompt, seed = jobs[done]
                 save_png(image, output / f"{done // n:05d}-{seed}.png", parameters_line(prompt, seed, args))
                 shown += [image] if done < GRID_PROMPTS * n else []
@@ -83,9 +86,9 @@ def resolve(args: Namespace) -> list[float]:
         args.checkpoint = str(newest or presets.TUNED)
         which = "the newest run" if newest else "the one that comes with the tiny base"
         print(f"checkpoint: {args.checkpoint} ({which})")
-    known = weights.tuning_metadata(args.checkpoint)
-    args.base = args.base or known.get("base") or weights.own_base(args.checkpoint) or "tiny"
-    preset = presets.preset_for(args.base, weights.read_config(args.base, "unet"))
+    known = tuning_metadata(args.checkpoint)
+    args.base = args.base or known.get("base") or own_base(args.checkpoint) or "tiny"
+    preset = presets.preset_for(args.base, read_config(args.base, "unet"))
     if args.aig is not None and args.switch is not None:
         raise ValueError("--aig and --switch: give one of the two")
     if args.switch is None:
@@ -97,7 +100,7 @@ def resolve(args: Namespace) -> list[float]:
     args.device = choose_device(args.device)
     args.dtype = args.dtype or default_dtype(args.device)
     args.resolution = args.resolution or preset.resolution
-    weights.check_resolution(args.base, args.resolution)
+    check_resolution(args.base, args.resolution)
     args.batch_size = args.batch_size or (32 if preset is presets.TINY else 8)
     if args.prompt and args.prompts:
         raise ValueError("--prompt and --prompts: give one of the two")
