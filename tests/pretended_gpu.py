@@ -60,12 +60,13 @@ def load_guard() -> None:
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
-load_guard()
+if True:  # before torch is imported
+    load_guard()
 
-import torch  # noqa: E402
-from torch.overrides import TorchFunctionMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).parent.parent
 WATCHED = ("convolution", "mm", "bmm", "addmm", "native_group_norm", "native_layer_norm")
