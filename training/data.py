@@ -105,7 +105,7 @@ class ImageDataset:
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
         """Raises OSError, with its name, when the file does not decode."""
         path, caption = self.rows[i]
-        picture = pictures.read_image(path)
+        picture = pictures.read_image(path, self.resolution)
         scale = self.resolution / min(picture.size)
         width, height = (max(self.resolution, round(side * scale)) for side in picture.size)
         left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
@@ -259,17 +259,20 @@ class DataStream:
         start, self.position = self.position, self.position + count
         return [self.index(n) for n in range(start, self.position)]
 
-    def read(self, n: int) -> tuple[Tensor, str, set[int]]:
-        """The picture at position n, its caption, and what did not decode. Raises ValueError when no image does."""
-        bad = set()
+    def read(self, n: int) -> tuple[Tensor, str, dict[int, str]]:
+        """The image at position n, its caption, and why others before it were left out, by index.
+
+        Raises ValueError if no image can be read.
+        """
+        bad = {}
         while len(bad) < len(self.data):
             i = self.index(n)
             try:
                 return *self.data[i], bad
-            except OSError:
-                bad.add(i)
+            except OSError as error:
+                bad[i] = str(error)
             n += 1
-        raise ValueError(f"none of the {len(self.data)} images decodes")
+        raise ValueError(f"none of the {len(self.data)} images decodes; the first: {next(iter(bad.values()))}")
 
     def batch(self, count: int) -> tuple[Tensor, list[str]]:
         """The next images (count, 3, H, W) and their captions."""
@@ -279,9 +282,10 @@ class DataStream:
             later = range(start + self.ahead * count, self.position + self.ahead * count)
             self.coming = {n: self.readers.submit(self.read, n) for n in later}
         images, captions, bad = zip(*rows, strict=True)
-        for i in sorted(set().union(*bad) - self.left_out):
-            self.left_out.add(i)
-            print(f"left out, does not decode: {self.data.rows[i][0]}", file=sys.stderr)
+        for i, reason in sorted({i: reason for part in bad for i, reason in part.items()}.items()):
+            if i not in self.left_out:
+                self.left_out.add(i)
+                print(f"left out: {reason}", file=sys.stderr)
         return torch.stack(images), list(captions)
 
     def close(self) -> None:

@@ -5,25 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from utils import disk
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """A picture file in RGB, upright as its EXIF says. Raises OSError, with its name, when it does not decode."""
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to 8
-                picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises them all
-        raise OSError(f"{path}: not a readable image ({error})") from None
+from utils.decode import read_image as read_image
 
 
 def to_tensor(image: Image.Image) -> Tensor:
