@@ -1,6 +1,8 @@
 import io
 import json
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,3 +256,12 @@ def test_missing_data_is_named():
         open_data("nowhere", 16)
     with pytest.raises(FileNotFoundError, match="nowhere.txt"):
         read_prompts("nowhere.txt")
+
+
+def test_each_row_of_the_document_names_tests_that_exist():
+    root = Path(__file__).parent.parent
+    rows = [line for line in (root / "docs" / "data.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    held = [re.findall(r"`(tests/test_\w+\.py):(test_\w+)`", row.split(" | ")[-1]) for row in rows]
+    assert len(held) > 30 and held.count([]) == 2  # the heads of the tables
+    for file, name in (place for row in held for place in row):
+        assert f"def {name}(" in (root / file).read_text(encoding="utf-8"), f"{file}:{name}"

@@ -17,6 +17,7 @@ from utils import decode
 from utils.images import read_image, to_pil
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the broken metadata
 
 
 def saved(tmp_path, picture, suffix="png", **options):

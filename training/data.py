@@ -1,123 +1,60 @@
-"""Captioned images and prompts: the embedded emoji, image folders with `metadata.jsonl`, COCO captions, prompt files.
+"""Data sets, and the shuffled endless stream of them that training reads.
 
 A data set is a sequence of (image (3, H, W) in [-1, 1], caption) pairs; item i never depends on what was read before.
 """
 
-import json
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from utils import images as pictures
+from training.captions import read_captions, read_coco, read_metadata
+from training.emoji import BACKGROUNDS, Composition, EmojiSet
+from training.image_files import Options
+from training.prompts import read_prompts
+from training.tables import check_unicode
+from utils import images
 
-READER_THREADS = 4  # threads that read pictures ahead
-EMOJI = Path(__file__).parent.parent / "tiny" / "data"
-BACKGROUNDS = {  # the eight colours behind an emoji
-    "white": (250, 250, 250),
-    "pink": (250, 182, 205),
-    "blue": (126, 182, 240),
-    "green": (142, 208, 144),
-    "yellow": (250, 226, 120),
-    "purple": (180, 152, 226),
-    "dark": (44, 46, 58),
-    "orange": (248, 168, 92),
-}
-
-
-@dataclass(frozen=True)
-class Composition:
-    """One emoji on a background: everything that decides its 64x64 pixels, and its caption."""
-
-    concept: str
-    style: str
-    background: str
-    size: int  # side of the emoji in pixels
-    x: int
-    y: int
-    caption: str
-
-
-class EmojiSet:
-    """The embedded data: emoji of four designers on eight backgrounds, composed at 64x64.
-
-    Item i is drawn from (seed, i): concept, style, background, size and place. The caption names the concept, half the
-    time the style and half the time the background: "octopus, flat style, on a pink background".
-    """
-
-    def __init__(self, length: int = 65_536, seed: int = 0, folder: Path = EMOJI):
-        names = json.loads((folder / "emoji.json").read_text())
-        self.concepts, self.styles, self.cell = names["concepts"], names["styles"], names["cell"]
-        self.backgrounds = list(BACKGROUNDS)
-        self.atlas = Image.open(folder / "emoji.png").convert("RGBA")
-        self.length, self.seed = length, seed
-
-    def __len__(self) -> int:
-        return self.length
-
-    def describe(self, i: int) -> Composition:
-        """What item i shows."""
-        rng = np.random.default_rng([self.seed, i])
-        concept, style, background = (
-            str(rng.choice(names)) for names in (self.concepts, self.styles, self.backgrounds)
-        )
-        size = int(rng.integers(round(0.86 * self.cell), round(0.93 * self.cell) + 1))
-        x, y = (int(v) for v in rng.integers(0, self.cell - size + 1, 2))
-        says_style, says_background = rng.random(2) < 0.5
-        caption = concept
-        if says_style:
-            caption += f", {style} style"
-        if says_background:
-            article = "an" if background == "orange" else "a"
-            caption += f", on {article} {background} background"
-        return Composition(concept, style, background, size, x, y, caption)
-
-    def draw(self, c: Composition) -> Image.Image:
-        """The picture of a composition."""
-        column, row = self.styles.index(c.style) * self.cell, self.concepts.index(c.concept) * self.cell
-        emoji = self.atlas.crop((column, row, column + self.cell, row + self.cell))
-        emoji = emoji.resize((c.size, c.size), Image.Resampling.LANCZOS)
-        picture = Image.new("RGB", (self.cell, self.cell), BACKGROUNDS[c.background])
-        picture.paste(emoji, (c.x, c.y), emoji)
-        return picture
-
-    def __getitem__(self, i: int) -> tuple[Tensor, str]:
-        composition = self.describe(i)
-        return pictures.to_tensor(self.draw(composition)), composition.caption
+__all__ = [
+    "BACKGROUNDS", "Composition", "DataStream", "EmojiSet", "ImageDataset", "PromptDataset", "check_unicode",
+    "describe", "open_data", "read_coco", "read_metadata", "read_prompts",
+]  # fmt: skip
+READER_THREADS = 4  # threads that read images ahead
 
 
 class ImageDataset:
-    """Captioned picture files. Item i is scaled so that its shorter side fits, then cropped about its centre."""
+    """Captioned image files. Item i is scaled so that its shorter side fits, then cropped about its centre.
 
-    def __init__(self, rows: list[tuple[Path, str]], resolution: int):
-        self.rows, self.resolution = rows, resolution
+    where, notes: for `describe`.
+    """
+
+    def __init__(self, rows: list[tuple[Path, str]], resolution: int, where: object = "", notes: Iterable[str] = ()):
+        self.rows, self.resolution, self.where, self.notes = rows, resolution, where, list(notes)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
-        """Raises OSError, with its name, when the file does not decode."""
+        """Raises OSError, with its name and the reason, if the file cannot be read."""
         path, caption = self.rows[i]
-        picture = pictures.read_image(path, self.resolution)
+        picture = images.read_image(path, self.resolution)
         scale = self.resolution / min(picture.size)
         width, height = (max(self.resolution, round(side * scale)) for side in picture.size)
         left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        return pictures.to_tensor(picture.crop((left, top, left + self.resolution, top + self.resolution))), caption
+        return images.to_tensor(picture.crop((left, top, left + self.resolution, top + self.resolution))), caption
 
 
 class PromptDataset:
-    """Prompts without pictures: all that ReFL needs."""
+    """Prompts without images: all that ReFL needs."""
 
-    def __init__(self, prompts: list[str]):
-        self.prompts = prompts
+    def __init__(self, prompts: list[str], where: object = "", notes: Iterable[str] = ()):
+        self.prompts, self.where, self.notes = prompts, where, list(notes)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -126,97 +63,23 @@ class PromptDataset:
         return torch.empty(0), self.prompts[i]
 
 
-def check_unicode(texts: Iterable[str], where: str | Path) -> None:
-    """Raises ValueError for a text with half a character in it, which no tokenizer takes."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{where}: not valid Unicode: {ascii(text)[:60]}") from None
+def open_data(
+    source: str | None,
+    resolution: int,
+    images: str | None = None,
+    caption_column: str | None = None,
+    allow_missing: bool = False,
+    captions_only: bool = False,
+) -> EmojiSet | ImageDataset | PromptDataset:
+    """What `--data` names: nothing (the embedded emoji), a folder or file of captioned images, or a file of prompts.
 
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file. Raises ValueError when it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")  # not at what Unicode calls a line's end too
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a UTF-8 text file") from None
-
-
-def read_metadata(folder: Path) -> list[tuple[Path, str]]:
-    """Rows of a folder's `metadata.jsonl`: an object with `file_name` and `text` a line."""
-    path, rows = folder / "metadata.jsonl", []
-    if not path.is_file():
-        raise FileNotFoundError(f'{path}: not there; one line an image: {{"file_name": "a.png", "text": "a caption"}}')
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, text = row["file_name"], row["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: not a JSON object with file_name and text: {line[:80]}") from None
-        if not (isinstance(name, str) and isinstance(text, str)):
-            raise ValueError(f"{path}, line {number}: file_name and text must be strings: {line[:80]}")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{path}, line {number}: no image {folder / name}")
-        rows.append((folder / name, text))
-    if not rows:
-        raise ValueError(f"{path}: empty, so there is nothing to train on")
-    check_unicode((text for _, text in rows), path)
-    return rows
-
-
-def read_coco(path: Path) -> list[tuple[Path, str]]:
-    """Rows of a COCO `captions_*.json`, one an annotation. The images are in `../train2014/` and the like beside it."""
-    images = path.parent.parent / path.stem.removeprefix("captions_")
-    content = read_json(path)
-    try:
-        files = {image["id"]: images / image["file_name"] for image in content["images"]}
-        rows = [(files[a["image_id"]], a["caption"]) for a in content["annotations"]]
-    except (KeyError, TypeError):
-        raise ValueError(f"{path}: not a COCO captions file (images, annotations with image_id and caption)") from None
-    if not rows:
-        raise ValueError(f"{path}: no annotations, so there is nothing to train on")
-    if not all(isinstance(text, str) for _, text in rows):
-        raise ValueError(f"{path}: a caption is not a string")
-    if not images.is_dir():
-        raise FileNotFoundError(f"{images}: no such folder; the images of {path.name} are expected there")
-    check_unicode((text for _, text in rows), path)
-    return rows
-
-
-def read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file, one a line; of a JSON list of strings; or of HPDv2's `test.json`."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file")
-    if path.suffix == ".json":
-        rows = read_json(path)
-        prompts = (
-            [row.get("prompt") if isinstance(row, dict) else row for row in rows] if isinstance(rows, list) else [rows]
-        )
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"{path}: expected a list of strings, or of objects with a prompt")
-    else:
-        prompts = read_lines(path)
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise ValueError(f"{path}: holds no prompt; write one a line")
-    check_unicode(prompts, path)
-    return prompts
-
-
-def open_data(source: str | None, resolution: int):
-    """What `--data` names: nothing (the embedded emoji), a folder with `metadata.jsonl`, a COCO file, or prompts."""
+    images: folder of the images, where it is not the usual one. captions_only: no image is looked for, and a
+    `PromptDataset` of the captions is returned. Raises ValueError or OSError, in one line, for what cannot be read.
+    """
     if source is None:
+        given = {"--images": images, "--caption-column": caption_column, "--allow-missing": allow_missing}
+        if any(given.values()):
+            raise ValueError(f"{next(flag for flag, value in given.items() if value)} goes with --data")
         emoji = EmojiSet()
         if resolution != emoji.cell:
             raise ValueError(f"--resolution {resolution}: the embedded images have {emoji.cell} pixels; give --data")
@@ -224,11 +87,25 @@ def open_data(source: str | None, resolution: int):
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such data; give a folder with metadata.jsonl or a COCO captions file")
-    if path.is_dir():
-        return ImageDataset(read_metadata(path), resolution)
-    if path.suffix == ".json" and isinstance(read_json(path), dict):
-        return ImageDataset(read_coco(path), resolution)
-    return PromptDataset(read_prompts(path))
+    options = Options(Path(images) if images else None, caption_column, allow_missing, need_images=not captions_only)
+    captions = read_captions(path, options)
+    if captions is None:
+        return PromptDataset(read_prompts(path, caption_column), path)
+    empty = sum(not text.strip() for _, text in captions.rows)
+    notes = captions.notes + [f"{empty} captions are empty"] * bool(empty)
+    if captions_only:
+        return PromptDataset([text for _, text in captions.rows], captions.where, notes)
+    return ImageDataset(captions.rows, resolution, captions.where, notes)
+
+
+def describe(data: EmojiSet | ImageDataset | PromptDataset) -> str:
+    """One line for the start of a run: how many images and captions there are, where from, and what was left out."""
+    if isinstance(data, EmojiSet):
+        return f"{len(data):,} images, {len(data):,} captions, composed from the embedded emoji"
+    if isinstance(data, PromptDataset):
+        return "; ".join([f"{len(data):,} prompts, from {data.where}", *data.notes])
+    count = len({path for path, _ in data.rows})
+    return "; ".join([f"{count:,} images, {len(data):,} captions, from {data.where}", *data.notes])
 
 
 @lru_cache(maxsize=2)

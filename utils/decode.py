@@ -17,6 +17,7 @@ WHOLE = 2**25  # pixels; of a larger picture only the centre square is converted
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit; 716 MB decoded
 Image.MAX_IMAGE_PIXELS = 2**29  # that limit is applied here, after a JPEG's reduction
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of broken metadata: harmless, and many
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # an error says it where it matters
 
 ORIENTATION = 0x0112
 TRANSPOSE = {
