@@ -133,6 +133,16 @@ def test_broken_exif_leaves_the_pixels(tmp_path, exif, suffix):
     assert read_image(saved(tmp_path, picture, suffix, exif=exif)).tobytes() == plain.tobytes()
 
 
+@pytest.mark.parametrize("tag", [(0x011A, 2), (0x0132, 11), (0x010F, 13)])
+def test_the_orientation_is_used_though_the_rest_of_exif_is_wrong(tmp_path, tag):
+    """A resolution that is text, a date that is a number: Pillow reads them and cannot write them again."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", *tag, 2 if tag[1] == 2 else 1, 8)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(30)
+    picture = gradient()
+    expected = picture.transpose(Image.Transpose.ROTATE_270)
+    assert read_image(saved(tmp_path, picture, exif=exif)).tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("kind", [2, 4, 5, 7])
 def test_an_orientation_of_another_type_is_ignored_or_read(tmp_path, kind):
     entry = struct.pack("<HHII", 0x0112, kind, 1, 26)
