@@ -399,6 +399,7 @@ def test_karpathys_split_gives_its_training_part(tmp_path):
     add_images(tmp_path / "train2014")
     expected = [("red", "red"), ("red", "a red one"), ("blue", "blue"), ("blue", "a blue one")]
     assert pairs(path) == pairs(path, images=str(tmp_path)) == expected
+    assert pairs(path, images=str(tmp_path / "train2014")) == expected
     line = describe(open_data(str(path), 64))
     assert (
         line.startswith("2 images, 4 captions")

@@ -48,7 +48,7 @@ def table_captions(table: list[Row], path: Path, options: Options) -> Captions:
         named += [(name, text, place) for text in texts or [""]]
     if not named:
         raise ValueError(f"{path}: empty, so there is nothing to train on")
-    own = f"{path.parent.name}/"  # "train/a.png" in train/metadata.jsonl
+    own = f"{folder.name}/"  # "train/a.png" in train/metadata.jsonl
     folders = [folder] + [folder.parent] * all(name.startswith(own) for name, _, _ in named)
     captions = find_images(named, ImageFinder(folders), path, options)
     others = [k for k in table[0][1] if k != text_key and str(k).strip().lower() in CAPTION_COLUMNS[:3]]

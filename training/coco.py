@@ -81,6 +81,8 @@ def karpathy_captions(content: dict, path: Path, options: Options) -> Captions:
     if not all(isinstance(text, str) for _, text, _ in named):
         raise ValueError(f"{path}: a caption is not a string")
     folders = [options.images] if options.images else places(path)
+    if options.images and all(name.startswith(f"{options.images.name}/") for name, _, _ in named):
+        folders.append(options.images.parent)
     captions = find_images(named, ImageFinder(folders), path, options)
     left_out = len(content["images"]) - len(images)
     parts = " and ".join(options.splits)
