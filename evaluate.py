@@ -53,9 +53,6 @@ def prompts_of(args, row: presets.Preset) -> tuple[list[str], list[str]]:
     """The distinct prompts, and a note on repeated ones. Raises ValueError or OSError for a bad prompt file."""
     if args.prompts is None:
         prompts = EmojiSet().concepts if row is presets.TINY else list(row.prompts)
-    elif args.prompts.endswith(".json") and "captions" in Path(args.prompts).name:
-        data = open_data(args.prompts, args.resolution)
-        prompts = [caption for _, caption in data.rows] if isinstance(data, ImageDataset) else data.prompts
     else:
         prompts = read_prompts(args.prompts)
     once = distinct(prompts)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, CLIPModel, Dinov2Model, ViTModel
+from transformers.utils.logging import disable_progress_bar
 
 from pretrained.inception import load_inception
 from pretrained.preprocess import CLIP_MEAN, CLIP_STD, preprocess
@@ -85,6 +86,7 @@ def _weight_file(folder: str | Path, repository: str) -> Path:
 
 def _load(kind: type, config, file: Path, **options) -> torch.nn.Module:
     """A frozen transformers model. Raises ValueError when the file lacks a weight or has another shape for it."""
+    disable_progress_bar()
     options |= {"state_dict": read_file(file), "dtype": torch.float32}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = kind.from_pretrained(None, config=config, **options)

@@ -25,7 +25,7 @@ OUTSIDE = {  # of a pass, where a run may wait: when it loads, saves and draws p
     "train.py": {"main"},  # optimizer.step
     "tiny/pretrain.py": {"main", "load_models"},
     "training/models.py": {"load_models"},
-    "training/run.py": {"gradients_are_finite", "updates"},
+    "training/run.py": {"gradients_are_finite", "updates", "predicted_minutes"},
     "speed/inference_copy.py": {"refresh"},
     "utils/distributed.py": {"all_reduce_sum", "gather_to_rank0"},
     "pretrained/lora.py": {"add", "save"},

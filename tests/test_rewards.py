@@ -26,14 +26,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BlipConfig, CLIPConfig, CLIPModel, CLIPTokenizer
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import rewards
+from pretrained import mps, preprocess, reward_commands, reward_files
+from pretrained import reward_networks as models
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-sys.path.insert(0, str(ROOT))
-
-import rewards  # noqa: E402
-from pretrained import mps, preprocess, reward_commands, reward_files  # noqa: E402
-from pretrained import reward_networks as models  # noqa: E402
-
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 

@@ -21,7 +21,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument_group("method").add_argument
     add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
-    add("--data", help="folder with images and metadata.jsonl, or COCO captions_*.json (default: the embedded emoji)")
+    add("--data", help="folder or table of captioned images, or COCO captions_*.json (default: the embedded emoji)")
+    options.add_data(add)
     add("--resolution", type=options.positive, help="image side in pixels (default: 512, tiny 64)")
     add(
         "--init",

@@ -1,6 +1,7 @@
 """The flags of `train.py`, in groups, and their defaults. Free of slow imports, so that `--help` answers at once."""
 
 from argparse import Namespace
+from collections.abc import Callable
 
 from training import presets
 from utils.cli import Parser, number, positive
@@ -44,13 +45,21 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
+def add_data(add: Callable) -> None:
+    """How to read --data."""
+    add("--images", metavar="DIR", help="folder of the images that the table in --data names (default: beside it)")
+    add("--caption-column", metavar="NAME", help="column of captions in --data (default: text, caption or prompt)")
+    add("--allow-missing", action="store_true", help="train even if more than 1 in 100 images of --data are missing")
+
+
 def add_method(parser: Parser) -> None:
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=presets.METHODS, default="imagerefl", help="default: imagerefl")
     add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
     add("--reward", help='reward to maximise, e.g. hpsv2.1 or "hpsv2.1=1,pickscore=0.5" (default: tiny, or hpsv2.1)')
     add("--reward-weights", help="files or folders of the rewards, in their order, separated by commas")
-    add("--data", help="folder with images and metadata.jsonl, or COCO captions_*.json; for refl also a prompt file")
+    add("--data", help="folder or table of captioned images, or COCO captions_*.json; for refl also a prompt file")
+    add_data(add)
     add(
         "--reward-scale", type=number(float, 0), default=1e-3, metavar="K_R",
         help="k_R, weight of the reward loss (default: 1e-3)",

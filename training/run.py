@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scheduler import sample_noise
 from training import checkpoint, cost, monitor, presets, run_folder
-from training.data import DataStream, ImageDataset, PromptDataset, open_data, read_prompts
+from training.data import DataStream, PromptDataset, describe, open_data, read_prompts
 from training.models import Models, generator_of, load_models
 from training.options import STEPS, resolve
 from utils import cli, device, distributed
@@ -60,11 +61,12 @@ def start(args: Namespace, load: Callable = load_models, resolve: Callable = res
 
 def data_of(args: Namespace):
     """The data set of `--data`. Raises ValueError if a method that needs images gets prompts."""
-    data = open_data(args.data, args.resolution)
+    captions_only = args.method == "refl"  # no image needs to be there
+    data = open_data(args.data, args.resolution, args.images, args.caption_column, args.allow_missing, captions_only)
     if isinstance(data, PromptDataset) and args.method != "refl":
         raise ValueError(f"--data {args.data}: {args.method} needs images, and these are prompts alone")
-    if isinstance(data, ImageDataset) and args.method == "refl":
-        return PromptDataset([caption for _, caption in data.rows])  # no image needs to be decoded
+    if distributed.is_main_process():
+        print(f"data:            {describe(data)}")
     return data
 
 
@@ -118,8 +120,22 @@ class Run:
         if args.monitor and "monitor" not in self.metadata:
             monitor.check(self, update, {})
         run_folder.describe(self.folder, self.metadata)
+        print(self.summary(), flush=True)
         if args.sample_every and not update:
             monitor.save_grid(self, self.folder / "samples" / "step-000000.png")
+
+    def summary(self) -> str:
+        """What will be trained, on what, in which dtype, about how long, and where results go."""
+        args, left = self.args, self.args.steps - self.progress["update"]
+        weights = f"rank-{args.lora} adapters" if args.lora else "all weights"
+        reward = f" for reward {args.reward}" if args.reward else ""
+        lines = [
+            f"training:        {args.method} on {args.base}, {weights}{reward}, {left} updates of "
+            f"{args.batch_size * args.accumulate} images, {args.dtype} on {args.device}"
+        ]
+        if not args.shard:  # there a forward pass is a collective
+            lines.append(f"duration:        about {max(1, round(predicted_minutes(self, left)))} min")
+        return "\n".join([*lines, f"results:         {self.folder}"])
 
     def micro_batches(self, update: int) -> Iterator[tuple[Tensor | None, list[str], torch.Generator]]:
         """This process's micro-batches: scaled latents x0 of real images (None for ReFL), prompts, generator."""
@@ -239,6 +255,22 @@ class Run:
         print(f"result:          {self.folder}")
         if command:
             print(f"sample from it:  {command}")
+
+
+@torch.no_grad()
+def predicted_minutes(run: Run, updates: int) -> float:
+    """From one timed forward pass of the UNet; the factors are ratios of FLOPs (`cost.per_image`), decoder included."""
+    args, prompts = run.args, ["a"] * run.args.batch_size
+    x = sample_noise(run.latent_shape(prompts), generator_of(args.seed), args.device)
+    for _ in range(2):  # the first call sets libraries up
+        began = time.perf_counter()
+        with run.autocast():
+            run.models.unet(x, 226, **run.models.text(prompts, run.size)).sum().item()
+        seconds = time.perf_counter() - began
+    passes = {"diffusion": 3, "refl": 46, "imagerefl": (3 * 18 + 46) / 4}[args.method]
+    sampled = len(run.prompts) * monitor.SEEDS * (3 * STEPS + STEPS / 4) / args.batch_size if run.models.reward else 0
+    micro_batches = updates * args.accumulate / distributed.world_size
+    return (micro_batches * passes + sampled) * seconds / 60
 
 
 def lr_at(args: Namespace, update: int) -> float:
