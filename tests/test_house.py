@@ -122,6 +122,8 @@ def counted(self, *args, **kwargs):
     own = [f for f in traceback.extract_stack()[:-1] if f.filename.startswith(root)]
     start = max(i for i, f in enumerate(own) if f.name == "main" and f.filename.endswith(sys.argv[0].split("/")[-1]))
     names = [f.name for f in own[start:]] + ["UNet.forward"]
+    if "predicted_minutes" in names:
+        return forward(self, *args, **kwargs)
     key = "closing table" if "evaluate" in names else "grid" if "save_grid" in names else "sampling"
     if any(name in names for name in ("refl_loss", "imagerefl_losses")):
         key = "no-grad step" if not torch.is_grad_enabled() else "reward" if "reward_loss" in names else "diffusion"
