@@ -1,4 +1,4 @@
-"""What is there for speed changes nothing that is computed."""
+"""Optimisations for speed and memory do not change results; the cost model's predictions are right."""
 
 import copy
 import platform
@@ -25,7 +25,7 @@ from refl import refl_loss
 from scheduler import Scheduler, sample_noise
 from speed import inference_copy, prepacked
 from speed.inference_copy import UNPACKED_CALLS, InferenceCopy
-from training import cost, monitor
+from training import cost, fake_tensors, monitor
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -66,38 +66,38 @@ def gradient_of(net, unet, vae) -> tuple[torch.Tensor, torch.Tensor]:
     return loss.detach(), torch.cat([p.grad.flatten() for p in unet.parameters()])
 
 
-def test_a_rollout_on_a_copy_of_the_same_precision_changes_nothing(unet, vae):
+def test_no_grad_steps_on_a_float32_copy_change_nothing(unet, vae):
     inference_copy = InferenceCopy(unet, unet, torch.float32)
-    for ours, usual in zip(gradient_of(inference_copy, unet, vae), gradient_of(unet, unet, vae), strict=True):
-        assert torch.allclose(ours, usual, rtol=0, atol=1e-5 * usual.abs().max())
+    for ours, expected in zip(gradient_of(inference_copy, unet, vae), gradient_of(unet, unet, vae), strict=True):
+        assert torch.allclose(ours, expected, rtol=0, atol=1e-5 * expected.abs().max())
 
 
-def test_the_copy_takes_the_steps_without_gradients_alone(unet, vae):
+def test_the_copy_runs_only_the_no_grad_steps(unet, vae):
     inference_copy = InferenceCopy(unet, unet, torch.float32)
     inference_copy.copy.load_state_dict({key: 0 * t for key, t in unet.state_dict().items()})
     assert not torch.equal(gradient_of(inference_copy, unet, vae)[1], gradient_of(unet, unet, vae)[1])
     assert all(p.grad is None for p in inference_copy.copy.parameters())
     inference_copy.refresh()
-    for ours, usual in zip(gradient_of(inference_copy, unet, vae), gradient_of(unet, unet, vae), strict=True):
-        assert torch.allclose(ours, usual, rtol=0, atol=1e-5 * usual.abs().max())
+    for ours, expected in zip(gradient_of(inference_copy, unet, vae), gradient_of(unet, unet, vae), strict=True):
+        assert torch.allclose(ours, expected, rtol=0, atol=1e-5 * expected.abs().max())
 
 
-def test_a_bf16_copy_errs_no_more_than_autocast(unet):
+def test_a_bf16_copy_is_as_accurate_as_autocast(unet):
     x, inference_copy = rnd("x", 2, 4, 8, 8), InferenceCopy(unet, unet)
     with torch.no_grad():
         exact = unet(x, 301, **TEXT)
         with torch.autocast("cpu", torch.bfloat16):
-            usual = (unet(x, 301, **TEXT) - exact).norm() / exact.norm()
-            ours = (inference_copy(x, 301, **TEXT) - exact).norm() / exact.norm()
-    assert 0 < ours < 1.5 * usual + 1e-3
+            autocast_error = (unet(x, 301, **TEXT) - exact).norm() / exact.norm()
+            error = (inference_copy(x, 301, **TEXT) - exact).norm() / exact.norm()
+    assert 0 < error < 1.5 * autocast_error + 1e-3
 
 
 @pytest.mark.slow
-def test_beside_adapters_the_frozen_weights_are_their_own_copy(unet, vae):
-    """The gradient of adapters on a UNet that is held in bf16 errs as much as on one in float32 with its copy."""
+def test_with_adapters_a_frozen_bf16_unet_needs_no_copy(unet, vae):
+    """Adapter gradients on a bf16 UNet are as accurate as on a float32 UNet with a bf16 copy."""
 
-    def gradient(held: torch.dtype, low: bool, copied: bool, seed: int) -> torch.Tensor:
-        m = copy.deepcopy(unet).to(held)
+    def gradient(frozen_dtype: torch.dtype, low: bool, copied: bool, seed: int) -> torch.Tensor:
+        m = copy.deepcopy(unet).to(frozen_dtype)
         trained = lora.add(m, 4)
         for i, p in enumerate(trained):
             p.data.copy_(0.3 * rnd(f"adapter {i}", *p.shape))
@@ -111,14 +111,15 @@ def test_beside_adapters_the_frozen_weights_are_their_own_copy(unet, vae):
     errors = {torch.float32: 0.0, torch.bfloat16: 0.0}
     for seed in range(2):
         exact = gradient(torch.float32, False, False, seed)
-        for held in errors:
-            errors[held] += ((gradient(held, True, held == torch.float32, seed) - exact).norm() / exact.norm()).item()
+        for dtype in errors:
+            error = (gradient(dtype, True, dtype == torch.float32, seed) - exact).norm() / exact.norm()
+            errors[dtype] += error.item()
     assert 0 < errors[torch.bfloat16] < 1.3 * errors[torch.float32] < 0.4
 
 
 @pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatch):
-    """Packed, and as on a GPU: each update begins with a copy of the weights that the last one left."""
+def test_the_copy_follows_the_weights_during_training(dtype, tmp_path, monkeypatch):
+    """With prepacked layers, and in bf16 as on a GPU: the copy is refreshed after each update."""
     seen = []
 
     class Spy(InferenceCopy):
@@ -140,58 +141,59 @@ def test_the_rollout_follows_the_weights_in_training(dtype, tmp_path, monkeypatc
     assert len(seen) > 3 and all(seen)
 
 
-def packed_layers(network) -> list[prepacked.PrepackedLayer]:
+def prepacked_layers(network) -> list[prepacked.PrepackedLayer]:
     return [module for module in network.modules() if isinstance(module, prepacked.PrepackedLayer)]
 
 
-x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="layers are packed on x86")
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="layers are prepacked on x86 only")
 
 
 @x86
 @pytest.mark.parametrize("name", ["unet_sd15_mini", pytest.param("unet_sdxl_mini", marks=pytest.mark.slow), "vae"])
-def test_packed_layers_compute_what_they_did(name, vae):
-    """In float32 to its rounding, also for other sizes than they were packed for; in bf16 as exactly as autocast."""
+def test_prepacking_changes_no_output(name, vae):
+    """In float32 up to rounding, also for other input sizes; in bf16 as accurate as autocast."""
     if name == "vae":
-        network, x, given = vae.decoder, rnd("x", 2, 4, 8, 8), {}
+        network, x, inputs = vae.decoder, rnd("x", 2, 4, 8, 8), {}
     else:
         network, (g, _) = filled(UNet(unet_config(golden_config(name)))), golden(name)
-        x, given = g["sample"], {"timesteps": g["timestep"], "context": g["context"]}
-        given |= {"pooled": g["text_embeds"], "time_ids": g["time_ids"]} if "text_embeds" in g else {}
-    batch = {key: t.repeat(3, *[1] * (t.ndim - 1)) if t.ndim else t for key, t in given.items()}
+        x, inputs = g["sample"], {"timesteps": g["timestep"], "context": g["context"]}
+        inputs |= {"pooled": g["text_embeds"], "time_ids": g["time_ids"]} if "text_embeds" in g else {}
+    batch = {key: t.repeat(3, *[1] * (t.ndim - 1)) if t.ndim else t for key, t in inputs.items()}
     with torch.no_grad():
-        exact, ours = network(x, **given), prepacked.packed_copy(network)
-        assert packed_layers(ours) and torch.allclose(ours(x, **given), exact, rtol=0, atol=1e-5 * exact.abs().max())
+        exact, ours = network(x, **inputs), prepacked.packed_copy(network)
+        assert prepacked_layers(ours)
+        assert torch.allclose(ours(x, **inputs), exact, rtol=0, atol=1e-5 * exact.abs().max())
         wide = x.repeat(3, 1, 1, 2)
         assert torch.allclose(ours(wide, **batch), network(wide, **batch), rtol=0, atol=1e-5 * exact.abs().max())
         prepacked.invalidate(ours)
         with torch.autocast("cpu", torch.bfloat16):
-            usual, low = ((net(x, **given) - exact).norm() / exact.norm() for net in (network, ours))
-    assert 0 < low < 1.3 * usual
+            autocast_error, error = ((net(x, **inputs) - exact).norm() / exact.norm() for net in (network, ours))
+    assert 0 < error < 1.3 * autocast_error
     if prepacked.is_supported(torch.bfloat16):
-        assert {layer.packed.dtype for layer in packed_layers(ours)} == {torch.bfloat16}
+        assert {layer.packed.dtype for layer in prepacked_layers(ours)} == {torch.bfloat16}
 
 
 @x86
-def test_a_packed_network_gives_its_own_weights_back(unet):
-    weights_of, x = dict(unet.named_parameters()), rnd("x", 2, 4, 8, 8)
+def test_prepacking_in_place_frees_the_original_weights(unet):
+    original, x = dict(unet.named_parameters()), rnd("x", 2, 4, 8, 8)
     with torch.no_grad():
-        view = prepacked.packed_copy(unet)
-        view(x, 1, **TEXT)
-        assert {id(p) for p in view.parameters()} == {id(p) for p in weights_of.values()}
+        packed = prepacked.packed_copy(unet)
+        packed(x, 1, **TEXT)
+        assert {id(p) for p in packed.parameters()} == {id(p) for p in original.values()}
         prepacked.prepack(unet)(x, 1, **TEXT)
     with pytest.raises(RuntimeError, match="passes no gradient on"):
         unet(x.requires_grad_(), 1, **TEXT)
-    assert {key for key in weights_of if "norm" not in key}.isdisjoint(dict(unet.named_parameters()))
-    assert sum(p.numel() for p in unet.parameters()) < sum(p.numel() for p in weights_of.values()) / 20
-    assert len(packed_layers(unet)) == len([key for key in weights_of if "norm" not in key and "weight" in key])
+    assert {key for key in original if "norm" not in key}.isdisjoint(dict(unet.named_parameters()))
+    assert sum(p.numel() for p in unet.parameters()) < sum(p.numel() for p in original.values()) / 20
+    assert len(prepacked_layers(unet)) == len([key for key in original if "norm" not in key and "weight" in key])
 
 
 @x86
-def test_a_packed_view_follows_the_weights_when_told(unet):
+def test_a_prepacked_copy_follows_the_weights_on_refresh(unet):
     x, inference_copy = rnd("x", 2, 4, 8, 8), InferenceCopy(unet, unet, None)
 
-    def after_few() -> torch.Tensor:
-        assert inference_copy(x, 301, **TEXT).requires_grad  # ends the pass before
+    def packed_output() -> torch.Tensor:
+        assert inference_copy(x, 301, **TEXT).requires_grad  # ends the previous micro-batch
         with torch.no_grad():
             for _ in range(UNPACKED_CALLS):
                 inference_copy(x, 301, **TEXT)
@@ -200,59 +202,59 @@ def test_a_packed_view_follows_the_weights_when_told(unet):
     with torch.no_grad():
         for _ in range(UNPACKED_CALLS):
             inference_copy(x, 301, **TEXT)
-    assert all(layer.packed is None for layer in packed_layers(inference_copy.copy))
-    before = after_few()
-    assert all(layer.packed is not None for layer in packed_layers(inference_copy.copy))
+    assert all(layer.packed is None for layer in prepacked_layers(inference_copy.copy))
+    before = packed_output()
+    assert all(layer.packed is not None for layer in prepacked_layers(inference_copy.copy))
     with torch.no_grad():
         unet.conv_out.weight.mul_(2)
-    assert torch.equal(after_few(), before)
+    assert torch.equal(packed_output(), before)
     inference_copy.refresh()
-    now = after_few()
-    assert not torch.allclose(now, before, atol=1e-2)
-    assert torch.allclose(now, unet(x, 301, **TEXT), rtol=0, atol=1e-5 * now.abs().max())
+    after = packed_output()
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert torch.allclose(after, unet(x, 301, **TEXT), rtol=0, atol=1e-5 * after.abs().max())
 
 
 @x86
-def test_adapters_keep_their_switch_among_packed_layers(unet):
+def test_adapters_can_be_switched_off_in_a_prepacked_network(unet):
     x = rnd("x", 2, 4, 8, 8)
     for i, p in enumerate(lora.add(unet, 4)):
         p.data.copy_(0.3 * rnd(f"adapter {i}", *p.shape))
     with torch.no_grad():
-        expected = [half(x, 301, **TEXT) for half in lora.base_and_tuned(unet)]
-        ours = [half(x, 301, **TEXT) for half in lora.base_and_tuned(prepacked.prepack(unet))]
-    assert packed_layers(unet) and not torch.allclose(*expected, atol=1e-2)
+        expected = [model(x, 301, **TEXT) for model in lora.base_and_tuned(unet)]
+        ours = [model(x, 301, **TEXT) for model in lora.base_and_tuned(prepacked.prepack(unet))]
+    assert prepacked_layers(unet) and not torch.allclose(*expected, atol=1e-2)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-5 * b.abs().max()) for a, b in zip(ours, expected, strict=True))
 
 
-@pytest.mark.parametrize("lacks", ["x86", "bf16"])
-def test_where_layers_cannot_be_packed_they_run_as_they_are(unet, lacks, monkeypatch):
+@pytest.mark.parametrize("missing", ["x86", "bf16"])
+def test_without_support_for_prepacking_layers_run_unchanged(unet, missing, monkeypatch):
     x = rnd("x", 2, 4, 8, 8)
-    if lacks == "x86":
+    if missing == "x86":
         monkeypatch.setattr(platform, "machine", lambda: "arm64")
     else:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         network = prepacked.packed_copy(unet)
-        ours, usual = network(x, 301, **TEXT), unet(x, 301, **TEXT)
-    assert all(layer.packed is None for layer in packed_layers(network))
-    if lacks == "bf16":
-        assert packed_layers(network) and torch.equal(ours, usual)
-    else:  # what upsamples is folded, which rounds otherwise
-        assert not packed_layers(network) and 0 < (ours - usual).norm() < 0.03 * usual.norm()
+        ours, expected = network(x, 301, **TEXT), unet(x, 301, **TEXT)
+    assert all(layer.packed is None for layer in prepacked_layers(network))
+    if missing == "bf16":
+        assert prepacked_layers(network) and torch.equal(ours, expected)
+    else:  # upsampling is still fused, which rounds differently
+        assert not prepacked_layers(network) and 0 < (ours - expected).norm() < 0.03 * expected.norm()
 
 
-def test_a_view_that_is_folded_alone_follows_a_change_of_type(unet, monkeypatch):
+def test_a_copy_with_only_fused_upsampling_follows_a_change_of_dtype(unet, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    view, x = prepacked.packed_copy(unet), rnd("x", 2, 4, 8, 8)
+    fused, x = prepacked.packed_copy(unet), rnd("x", 2, 4, 8, 8)
     unet.double()
-    prepacked.invalidate(view)
+    prepacked.invalidate(fused)
     with torch.no_grad():
-        ours, usual = (net(x.double(), 301, TEXT["context"].double()) for net in (view, unet))
-    assert torch.allclose(ours, usual, rtol=0, atol=1e-10)
+        ours, expected = (net(x.double(), 301, TEXT["context"].double()) for net in (fused, unet))
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-10)
 
 
 def test_one_model_at_a_time_samples_the_same_images(tmp_path):
-    """One UNet in memory instead of two, each loaded once for all batches."""
+    """Only one UNet is in memory, and each is loaded once for all batches."""
     paths = [tmp_path / name for name in ("base", "tuned")]
     tiny = weights.load_unet("tiny")
     weights.save_unet(tiny, paths[0])
@@ -279,7 +281,7 @@ def test_one_model_at_a_time_samples_the_same_images(tmp_path):
         assert abs(one - two).max() <= 1 and one.std() > 20
 
 
-def test_a_wrong_tuned_model_is_told_before_the_base_runs(tmp_path):
+def test_a_wrong_tuned_model_is_reported_before_the_base_runs(tmp_path):
     weights.save_unet(weights.load_unet("tiny"), tmp_path)
     config = (tmp_path / "config.json").read_text().replace("160", "224")
     (tmp_path / "config.json").write_text(config)
@@ -292,12 +294,12 @@ def test_counted_flops_are_the_closed_form():
     x, q = torch.zeros(2, 3, 4, 4), torch.zeros(1, 2, 10, 8)
     assert cost.count(conv, x) == 2 * (2 * 8 * 16) * (3 * 9)
     assert cost.count(attention, q, q, q) == 2 * 2 * (2 * 10 * 10 * 8)
-    wanted = q.clone().requires_grad_()
-    assert cost.count(attention, wanted, wanted, wanted, backward=True) == 3 * 2 * 2 * (2 * 10 * 10 * 8)
+    q = q.clone().requires_grad_()
+    assert cost.count(attention, q, q, q, backward=True) == 3 * 2 * 2 * (2 * 10 * 10 * 8)
 
 
 def test_the_cost_of_an_image_adds_up():
-    """34.5 steps on average before ReFL's last one, for ImageReFL 4.5, nine times in ten with a free first one."""
+    """ReFL: 34.5 no-grad steps on average. ImageReFL: 4.5, of which the first reuses another prediction: 3.6."""
     names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
     costs = cost.per_image(dict(zip(names, (1, 3, 6, 2, 0.5), strict=True)))
     assert costs["refl"] == 34.5 + 3 + 6 + 0.5
@@ -306,34 +308,34 @@ def test_the_cost_of_an_image_adds_up():
 
 
 @pytest.mark.slow
-def test_a_reward_that_looks_at_a_condition_has_a_plan(capsys):
+def test_mps_has_a_plan(capsys):
     train.main(train.parse_args(["--base", "sd15", "--reward", "mps", "--plan", "--gpu-memory", "80"]))
     assert "--batch-size" in capsys.readouterr().out
 
 
-def test_a_reward_that_looks_at_a_condition_runs_without_data():
+def test_mps_runs_on_fake_tensors():
     args = SimpleNamespace(method="refl", reward="mps", reward_weights=None)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        m = cost.build(args, CONFIG, SMALL_VAE)
+        m = cost.build_fake(args, CONFIG, SMALL_VAE)
         assert m.reward(torch.zeros(2, 3, 16, 16), ["a", "b"]).shape == (2,)
 
 
-def test_followed_allocations_are_those_of_the_tensors():
-    with cost.Allocations() as memory:
+def test_tracked_allocations_are_those_of_the_tensors():
+    with fake_tensors.AllocationTracker() as memory:
         a = torch.empty(1000)
-        b = (a + 1) + 2  # two more, one of which is given back
-        assert (memory.now, memory.peak) == (8000, 12000)
+        b = (a + 1) + 2  # two more, one of which is freed
+        assert (memory.current, memory.peak) == (8000, 12000)
         view = b[10:]
         del a, b
-        assert memory.now == 4000
+        assert memory.current == 4000
         del view
-    assert memory.now == 0
+    assert memory.current == 0
 
 
-def test_tensors_without_data_need_the_memory_of_real_ones():
+def test_fake_tensors_are_tracked_like_real_ones():
     peaks = []
     for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
-        with mode, cost.Allocations() as memory:
+        with mode, fake_tensors.AllocationTracker() as memory:
             loss = UNet(CONFIG)(torch.zeros(4, 4, 16, 16), 5, torch.zeros(4, 5, 16)).square().mean()
             loss.backward()
         peaks.append(memory.peak)
@@ -341,38 +343,39 @@ def test_tensors_without_data_need_the_memory_of_real_ones():
 
 
 @pytest.mark.slow
-def test_memory_of_adapters_is_that_of_a_bf16_unet_and_of_what_an_image_needs():
-    """Nothing but the pass counts: not what stood in memory while the networks were made."""
+def test_memory_with_adapters_is_a_bf16_unet_and_the_activations():
+    """Memory needed only while building the networks does not count."""
     config = replace(CONFIG, channels=(128, 128))
     args = {"method": "diffusion", "reward_weights": None, "resolution": 16}
-    frozen = sum(p.nbytes for p in UNet(config).parameters()) / 2
-    (all_kept, _), (kept, one), (_, two) = (
+    bf16_bytes = sum(p.nbytes for p in UNet(config).parameters()) / 2
+    (full, _), (lora_kept, one), (_, two) = (
         cost.peak_memory(SimpleNamespace(**args, lora=rank), config, SMALL_VAE, batch, "text-on-cpu")
         for rank, batch in ((None, 1), (1, 1), (1, 2))
     )
-    assert all_kept - kept == pytest.approx(8 * frozen, rel=0.03)  # float32, gradients, two moments and the copy
-    assert 0.5e6 < two - one < one - kept
+    # float32 weights, gradients, two moments and the copy, instead of the frozen bf16 weights
+    assert full - lora_kept == pytest.approx(8 * bf16_bytes, rel=0.03)
+    assert 0.5e6 < two - one < one - lora_kept
 
 
-def test_norms_are_float32_as_on_a_gpu_also_where_recomputed():
+def test_norms_are_float32_as_on_a_gpu_also_when_recomputed():
     unet = UNet(CONFIG)
     unet.checkpointing = True
-    with FakeTensorMode(allow_non_fake_inputs=True), cost.norms_in_float32():
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_tensors.norms_in_float32():
         norm = torch.nn.GroupNorm(2, 4)
         with torch.autocast("cpu", torch.bfloat16):
             assert norm(torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16)).dtype == torch.float32
             loss = unet(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 5, 16)).square().mean()
-        loss.backward()  # raises where the recomputed tensors are of another type
+        loss.backward()  # raises if the recomputed tensors have another dtype
 
 
 def test_the_plan_names_settings_that_fit(monkeypatch, capsys):
-    """Neither weights nor data are needed; recomputing begins where fewer than four images would fit."""
+    """Needs neither weights nor data; recomputes activations if fewer than four images would fit otherwise."""
     names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
-    need = dict(zip(cost.SAVINGS, [(20, 9), (15, 3), (14, 1), (12, 1)], strict=True))  # GB, and more for an image
+    need = dict(zip(cost.SAVINGS, [(20, 9), (15, 3), (14, 1), (12, 1)], strict=True))  # GB: fixed, per image
 
     def peak(args, unet, vae, batch, flags):
-        fixed, each = need[flags]
-        return 0, (fixed + each * batch) * cost.GB
+        fixed, per_image = need[flags]
+        return 0, (fixed + per_image * batch) * cost.GB
 
     monkeypatch.setattr(cost, "flops", lambda *_: dict.fromkeys(names, 1e12))
     monkeypatch.setattr(cost, "peak_memory", peak)
@@ -387,21 +390,21 @@ def test_the_plan_names_settings_that_fit(monkeypatch, capsys):
         assert f"{gigabytes} GB    {settings}" in out
 
 
-def test_text_is_encoded_on_the_cpu_for_images_on_a_gpu(monkeypatch):
-    """On tensors without data, as no GPU is needed to follow where they are."""
+def test_text_on_cpu_gives_embeddings_on_the_gpu(monkeypatch):
+    """On fake tensors, which have a device without needing a GPU."""
 
     def to(module, device, dtype=None):
         for part in module.modules():
             for key, p in [*part._parameters.items(), *part._buffers.items()]:
                 if p is not None:
                     p = mode.from_tensor(p) if not isinstance(p, FakeTensor) else p
-                    kept = part._parameters if key in part._parameters else part._buffers
-                    kept[key] = p.detach().to(device)
+                    tensors = part._parameters if key in part._parameters else part._buffers
+                    tensors[key] = p.detach().to(device)
         return module
 
     reward, text = rewards.load("tiny"), weights.load_text("tiny")
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)  # what has no data is in no memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)  # fake tensors cannot be pinned
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         reward.network.to("cuda:0")
         text.to("cuda:0")
@@ -416,20 +419,20 @@ def test_text_is_encoded_on_the_cpu_for_images_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_nothing_in_a_pass_waits_for_the_gpu(unet, vae):
+def test_a_micro_batch_never_synchronises_with_the_gpu(unet, vae):
     unet, vae = unet.cuda(), vae.cuda()
     text = {key: t.cuda() for key, t in TEXT.items()}
 
-    def one_pass():
+    def micro_batch():
         with torch.autocast("cuda", torch.bfloat16):
             loss = loss_of(inference_copy, vae, text=text, device="cuda")
         loss.backward()
 
     inference_copy = InferenceCopy(unet, unet)
-    one_pass()  # libraries set themselves up
+    micro_batch()  # initialises libraries
     torch.cuda.set_sync_debug_mode("error")
     try:
-        one_pass()
+        micro_batch()
         inference_copy.refresh()
     finally:
         torch.cuda.set_sync_debug_mode("default")
