@@ -1,4 +1,4 @@
-"""Nothing is lost: resuming to the bit, kills, full disks, bad numbers, several processes. On a miniature base."""
+"""Bit-identical resuming, kills, full disks, non-finite losses and several processes, on a miniature base."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def mini(tmp_path_factory):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """12 steps instead of 40, frozen networks loaded once, and no sample images before and after."""
+    """12 sampling steps instead of 40, frozen networks loaded once, no sample images or scores."""
     monkeypatch.setattr(rewards, "build", build)
     monkeypatch.setattr(models, "load_text", load_text)
     monkeypatch.setattr(train, "STEPS", 12)
@@ -52,7 +52,7 @@ def fast(monkeypatch):
 
 
 def begin(mini, folder, *flags: str) -> None:
-    """Start a run; `diffusion` stands for tiny/pretrain.py, the fastest one."""
+    """Start a run; `--method diffusion` runs tiny/pretrain.py, which is fastest."""
     flags = [*ONE, "--base", mini, "--output-dir", str(folder), *flags]
     if "diffusion" in flags:
         flags = [flag for flag in flags if flag not in ("--method", "diffusion")]
@@ -67,7 +67,7 @@ def resume(folder, *flags: str) -> None:
 
 
 def around_loss(monkeypatch, before=lambda update: None, after=lambda update, loss: loss) -> None:
-    """Call `before` before every loss of an update, and `after` with every loss, which it may change."""
+    """Call `before` before each loss of an update, and replace each loss by what `after` returns."""
     current, micro_batches = [], Run.micro_batches
 
     def recorded(run, update):
@@ -106,17 +106,17 @@ def newest(folder) -> Path:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """The same weights, moments and progress to the bit, and the same log."""
-    (left, info), (right, other) = checkpoint.read(newest(a)), checkpoint.read(newest(b))
-    assert info == other and left.keys() == right.keys()
+    """Bit-identical weights, optimizer state and progress, and the same log."""
+    (left, info), (right, other_info) = checkpoint.read(newest(a)), checkpoint.read(newest(b))
+    assert info == other_info and left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
     for path in [*a.rglob("unet/*.safetensors"), *a.glob("pytorch_lora*")]:
-        mine, yours = load_file(path), load_file(b / path.relative_to(a))
-        assert all(torch.equal(mine[key], yours[key]) for key in mine)
+        left, right = load_file(path), load_file(b / path.relative_to(a))
+        assert all(torch.equal(left[key], right[key]) for key in left)
     assert timeless(a) == timeless(b)
 
 
-# ------------------------------------------------------------------------------------------------ resume, to the bit
+# ------------------------------------------------------------------------------------------------ resuming
 
 
 @pytest.mark.parametrize(
@@ -129,17 +129,17 @@ def assert_same_run(a: Path, b: Path) -> None:
     ],
     ids=lambda flags: " ".join(flags[1:]),
 )
-def test_a_run_goes_on_to_the_bit(flags, mini, tmp_path, fast):
-    """Stopped after the third update, before the fourth, which in ImageReFL is one of ReFL."""
-    begin(mini, tmp_path / "whole", *flags, "--steps", "5")
-    begin(mini, tmp_path / "half", *flags, "--steps", "3")
-    resume(tmp_path / "half", "--steps", "5")
-    assert_same_run(tmp_path / "whole", tmp_path / "half")
-    kinds = [row["kind"] for row in log_of(tmp_path / "whole")]
+def test_a_resumed_run_is_bit_identical(flags, mini, tmp_path, fast):
+    """Stopped after the third update; in ImageReFL the fourth is a ReFL update."""
+    begin(mini, tmp_path / "uninterrupted", *flags, "--steps", "5")
+    begin(mini, tmp_path / "resumed", *flags, "--steps", "3")
+    resume(tmp_path / "resumed", "--steps", "5")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "resumed")
+    kinds = [row["kind"] for row in log_of(tmp_path / "uninterrupted")]
     assert kinds == (["imagerefl"] * 3 + ["refl", "imagerefl"] if "imagerefl" in flags else [flags[1]] * 5)
 
 
-def test_no_image_is_taken_twice_in_an_epoch_also_after_a_resumption(mini, tmp_path, fast, monkeypatch):
+def test_no_image_is_used_twice_in_an_epoch_even_after_resuming(mini, tmp_path, fast, monkeypatch):
     seen, batch = [], Run.batch
 
     def recorded(run, generator):
@@ -153,9 +153,9 @@ def test_no_image_is_taken_twice_in_an_epoch_also_after_a_resumption(mini, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(number, mini, tmp_path, fast, monkeypatch, capsys):
+def test_a_signal_finishes_the_update_saves_and_prints_how_to_resume(number, mini, tmp_path, fast, monkeypatch, capsys):
     flags, before = ["--method", "diffusion", "--steps", "3", "--lr-schedule", "cosine"], signal.getsignal(number)
-    begin(mini, tmp_path / "whole", *flags)
+    begin(mini, tmp_path / "uninterrupted", *flags)
     with monkeypatch.context() as patch:
         around_loss(patch, lambda update: update == 1 and os.kill(os.getpid(), number))
         patch.setattr(sys, "argv", ["somewhere/train.py"])
@@ -163,7 +163,7 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(number, mini, 
     out = capsys.readouterr().out
     assert f"stopped after update 2 and saved; continue with: python train.py --resume {tmp_path / 'stopped'}" in out
     resume(tmp_path / "stopped")
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "stopped")
     assert signal.getsignal(number) is before
 
 
@@ -175,7 +175,7 @@ def test_a_second_signal_stops_at_once(mini, tmp_path, fast, monkeypatch):
 
 
 def forked(work, *arguments) -> int:
-    """Call `work` in a child process; returns its pid. The child ends as a command would, its words go nowhere."""
+    """Call `work` in a child process without stdout, which exits as a command would; returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -183,7 +183,7 @@ def forked(work, *arguments) -> int:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(1)
-        tqdm.set_lock(threading.RLock())  # its own: all processes wait for the usual one where its holder was killed
+        tqdm.set_lock(threading.RLock())  # not shared: a shared one stays locked if its holder is killed
         work(*arguments)
         code = 0
     except SystemExit as exit:
@@ -194,9 +194,9 @@ def forked(work, *arguments) -> int:
 
 
 def wait(pid: int, limit: float) -> int | None:
-    """The exit code of a child, negative for a signal; None where it still runs after `limit` seconds."""
-    until = time.monotonic() + limit
-    while time.monotonic() < until:
+    """The exit code of a child, negative for a signal; None if it still runs after `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -204,39 +204,39 @@ def wait(pid: int, limit: float) -> int | None:
     return None
 
 
-def kill_and_go_on(mini, folder, flags: list[str], moments: list[float]) -> int:
-    """Start a run, kill it at each of the moments (seconds after its start or resumption); returns the kills."""
+def kill_and_resume(mini, folder, flags: list[str], kill_times: list[float]) -> int:
+    """Start a run, kill it at each time (seconds after it started or resumed) and resume it; returns the kills."""
     kills = 0
-    for moment in [*moments, 600.0]:
+    for seconds in [*kill_times, 600.0]:
         started = (folder / "run.json").exists()
         pid = forked(resume, folder) if started else forked(begin, mini, folder, *flags)
-        code = wait(pid, moment)
+        code = wait(pid, seconds)
         if code is not None:
             assert code == 0
             return kills
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         kills += 1
-    raise AssertionError("a resumed run does not end")
+    raise AssertionError("a resumed run does not finish")
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_a_run_ends_in_the_same_weights(kills, mini, tmp_path, fast):
+def test_a_run_killed_at_random_times_ends_with_the_same_weights(kills, mini, tmp_path, fast):
     flags = ["--method", "imagerefl", "--batch-size", "1", "--steps", "6", "--save-every", "1", "--lora", "2"]
     began = time.monotonic()
-    assert wait(forked(begin, mini, tmp_path / "whole", *flags), 600) == 0
-    whole = time.monotonic() - began
+    assert wait(forked(begin, mini, tmp_path / "uninterrupted", *flags), 600) == 0
+    duration = time.monotonic() - began
     rng, done, runs = random.Random(kills), 0, 0
     while done < kills:
         folder = tmp_path / f"killed-{runs}"
-        moments = [rng.uniform(0.1, 0.9) * whole for _ in range(min(10, kills - done))]
-        done += kill_and_go_on(mini, folder, flags, moments)
-        assert_same_run(tmp_path / "whole", folder)
-        assert not list((folder / "states").glob("*tmp*"))  # what a kill left is gone
+        kill_times = [rng.uniform(0.1, 0.9) * duration for _ in range(min(10, kills - done))]
+        done += kill_and_resume(mini, folder, flags, kill_times)
+        assert_same_run(tmp_path / "uninterrupted", folder)
+        assert not list((folder / "states").glob("*tmp*"))  # temporary files of a kill are gone
         runs += 1
 
 
-def test_the_average_of_the_weights_does_not_remember_how_it_came_about(mini, tmp_path, fast, monkeypatch):
+def test_the_ema_has_no_autograd_history(mini, tmp_path, fast, monkeypatch):
     seen, save_result = [], training_run.run_folder.save_result
 
     def recorded(args, unet, *rest):
@@ -248,7 +248,7 @@ def test_the_average_of_the_weights_does_not_remember_how_it_came_about(mini, tm
     assert not any(p.requires_grad or p.grad_fn for p in seen[0].parameters())
 
 
-# ------------------------------------------------------------------------------------------------ states
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def trained(seed: int = 0):
@@ -268,31 +268,31 @@ def saved(folder: Path, updates, keep: int = 9):
     return modules, optimizer
 
 
-def test_the_last_few_states_are_kept(tmp_path):
+def test_the_last_few_checkpoints_are_kept(tmp_path):
     saved(tmp_path, [1, 2, 3, 4], keep=2)
     assert list(checkpoint.checkpoints_in(tmp_path)) == [3, 4]
-    saved(tmp_path, [2], keep=2)  # gone back behind states that were damaged
+    saved(tmp_path, [2], keep=2)  # resumed from an earlier one, as the later ones were damaged
     assert list(checkpoint.checkpoints_in(tmp_path)) == [2]
 
 
-@pytest.mark.parametrize("damage", ["a bit", "half", "nothing left", "the header"])
-def test_a_damaged_state_is_recognised_and_the_one_before_is_taken(damage, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty", "header"])
+def test_a_damaged_checkpoint_is_detected_and_the_previous_one_used(damage, tmp_path, capsys):
     modules, optimizer = saved(tmp_path, [1, 2])
     path = checkpoint.checkpoints_in(tmp_path)[2]
     content = bytearray(path.read_bytes())
-    content[-1 if damage == "a bit" else content.index(b"update") + 10] ^= 1
-    length = {"half": len(content) // 2, "nothing left": 0}.get(damage, len(content))
+    content[-1 if damage == "flipped bit" else content.index(b"update") + 10] ^= 1
+    length = {"truncated": len(content) // 2, "empty": 0}.get(damage, len(content))
     path.write_bytes(content[:length])
     assert checkpoint.load_newest(tmp_path, modules, optimizer) == {"update": 1}
     assert modules["m"].bias.tolist() == [1, 1]
     error = capsys.readouterr().err
-    assert "step-000002" in error and "damaged" in error and "taking the one before" in error
+    assert "step-000002" in error and "damaged" in error and "using the previous one" in error
     checkpoint.checkpoints_in(tmp_path)[1].write_bytes(b"")
-    with pytest.raises(ValueError, match="all 2 states are damaged"):
+    with pytest.raises(ValueError, match="all 2 checkpoints are damaged"):
         checkpoint.load_newest(tmp_path, modules, optimizer)
 
 
-def test_a_state_of_other_networks_loads_nothing(tmp_path):
+def test_a_checkpoint_of_other_networks_loads_nothing(tmp_path):
     saved(tmp_path, [1])
     other = {"m": torch.nn.Linear(3, 4)}
     before = other["m"].weight.clone()
@@ -301,13 +301,13 @@ def test_a_state_of_other_networks_loads_nothing(tmp_path):
     assert torch.equal(other["m"].weight, before)
 
 
-def full(monkeypatch) -> None:
+def fill_disk(monkeypatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
 
 
-def test_a_full_disk_leaves_the_state_before_and_training_goes_on(mini, tmp_path, fast, monkeypatch, capsys):
-    around_loss(monkeypatch, lambda update: update == 1 and full(monkeypatch))
+def test_a_full_disk_keeps_the_last_checkpoint_and_training_continues(mini, tmp_path, fast, monkeypatch, capsys):
+    around_loss(monkeypatch, lambda update: update == 1 and fill_disk(monkeypatch))
     with pytest.raises(OSError) as caught:
         begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "3", "--save-every", "1")
     assert "step-000003" in caught.value.filename and "GB needed" in caught.value.strerror
@@ -324,7 +324,7 @@ def hold(folder: Path) -> None:
         time.sleep(60)
 
 
-def test_a_run_in_use_is_refused_until_its_process_is_gone(mini, tmp_path, fast):
+def test_a_run_in_use_is_refused_until_its_process_ends(mini, tmp_path, fast):
     begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "1")
     pid = forked(hold, tmp_path / "run")
     for _ in range(200):
@@ -342,7 +342,7 @@ def test_a_run_in_use_is_refused_until_its_process_is_gone(mini, tmp_path, fast)
     assert len(log_of(tmp_path / "run")) == 2
 
 
-def test_a_state_is_saved_after_minutes(mini, tmp_path, fast):
+def test_save_minutes_saves_by_time(mini, tmp_path, fast):
     begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "3", "--save-minutes", "0.000001", "--keep", "5")
     assert list(checkpoint.checkpoints_in(tmp_path / "run" / "states")) == [1, 2, 3]
 
@@ -350,14 +350,14 @@ def test_a_state_is_saved_after_minutes(mini, tmp_path, fast):
 # ------------------------------------------------------------------------------------------------ health
 
 
-def broken(monkeypatch, updates, value: float = float("nan")) -> None:
-    """Make the loss of some updates not finite."""
+def make_not_finite(monkeypatch, updates, value: float = float("nan")) -> None:
+    """Multiply the loss of these updates by `value`."""
     around_loss(monkeypatch, after=lambda update, loss: loss * value if update in updates else loss)
 
 
 def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(mini, tmp_path, fast, monkeypatch, capsys):
     begin(mini, tmp_path / "one", "--method", "diffusion", "--steps", "1", "--ema", "0.5")
-    broken(monkeypatch, {1})
+    make_not_finite(monkeypatch, {1})
     begin(mini, tmp_path / "two", "--method", "diffusion", "--steps", "2", "--ema", "0.5")
     row = log_of(tmp_path / "two")[1]
     assert row["skipped"] == 1 and row["grad_norm"] == "nan" and len(row["prompts"]) == 2
@@ -369,7 +369,7 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(mini, tmp_pa
 
 def test_after_many_skips_in_a_row_the_run_stops_with_advice(mini, tmp_path, fast, monkeypatch):
     monkeypatch.setattr(training_run, "SKIPS", 2)
-    broken(monkeypatch, {1, 3, 4}, float("inf"))
+    make_not_finite(monkeypatch, {1, 3, 4}, float("inf"))
     with pytest.raises(ValueError, match="2 updates in a row .* lower --lr.*--resume"):
         begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "9")
     assert [row.get("skipped") for row in log_of(tmp_path / "run")] == [None, 1, None, 2, 3]
@@ -378,14 +378,14 @@ def test_after_many_skips_in_a_row_the_run_stops_with_advice(mini, tmp_path, fas
     }  # fmt: skip
 
 
-def test_out_of_memory_is_one_line_with_what_to_try(mini, tmp_path, fast, monkeypatch):
+def test_out_of_memory_is_one_line_with_flags_to_try(mini, tmp_path, fast, monkeypatch):
     monkeypatch.setattr(pretrain, "pretraining_loss", lambda *_: torch.empty(2**50))
     message = "out of memory with micro-batches of 2 images of 64 pixels, peak .* GB"
     with pytest.raises(ValueError, match=message) as caught:
         begin(mini, tmp_path / "run", "--method", "diffusion", "--steps", "1")
     assert "--batch-size 1 --accumulate 2, --checkpointing, --lora 16" in str(caught.value)
     monkeypatch.setattr(pretrain, "pretraining_loss", lambda *_: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):  # another error is not mistaken for it
+    with pytest.raises(RuntimeError, match="size"):  # other errors pass through
         begin(mini, tmp_path / "other", "--method", "diffusion", "--steps", "1")
 
 
@@ -394,7 +394,7 @@ def test_a_changed_flag_is_refused_by_name_unless_overridden(mini, tmp_path, fas
     begin(mini, folder, "--method", "diffusion", "--steps", "1", "--lr", "1e-4")
     with pytest.raises(ValueError, match="--lr 0.001 .was 0.0001..*--override"):
         resume(folder, "--lr", "1e-3", "--steps", "2")
-    resume(folder, "--lr", "1e-4", "--steps", "2", "--save-every", "7")  # the same, and what changes nothing
+    resume(folder, "--lr", "1e-4", "--steps", "2", "--save-every", "7")  # the same value, and a flag that changes no result
     resume(folder, "--lr", "1e-3", "--override", "--steps", "3")
     assert [row["lr"] for row in log_of(folder)] == [1e-4, 1e-4, 1e-3]
     assert json.loads((folder / "run.json").read_text())["args"]["lr"] == 1e-3
@@ -411,8 +411,8 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def member(rank: int, port: str, errors: Path, mini, folder, flags: list[str], dies: bool) -> None:
-    """One of two processes, as torchrun would start it."""
+def run_rank(rank: int, port: str, errors: Path, mini, folder, flags: list[str], dies: bool) -> None:
+    """One of two processes, as torchrun starts it."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
     distributed.rank, distributed.world_size = rank, 2
     if dies and rank == 1:
@@ -424,23 +424,23 @@ def member(rank: int, port: str, errors: Path, mini, folder, flags: list[str], d
 
 def two_processes(tmp_path, mini, flags: list[str], dies: bool = False) -> list[int]:
     port = free_port()
-    pids = [forked(member, r, port, tmp_path / f"{r}.txt", mini, tmp_path / "two", flags, dies) for r in range(2)]
+    pids = [forked(run_rank, r, port, tmp_path / f"{r}.txt", mini, tmp_path / "two", flags, dies) for r in range(2)]
     return [wait(pid, 300) for pid in pids]
 
 
 def assert_same_updates(one: dict, two: dict, start: dict) -> None:
-    """Weights by what has changed since `start`, moments as they are, up to rounding.
+    """Equal up to rounding: the change of the weights since `start`, and the optimizer state.
 
-    AdamW's first step is the gradient's sign, which rounding may turn where the gradient is zero: one value in a
-    thousand may have gone the other way.
+    AdamW's first step is the sign of the gradient, which rounding may flip near zero: one value in a thousand may
+    have moved the other way.
     """
     assert one.keys() == two.keys()
     for key, value in one.items():
         change = value - start[key[5:]] if key.startswith("unet.") else value
-        apart = (value - two[key]).abs()
-        turned = apart > 0.1 * change.abs().max()
-        assert turned.float().mean() <= 1e-3, key
-        assert (apart * ~turned).norm() <= 2e-3 * change.norm(), key
+        error = (value - two[key]).abs()
+        flipped = error > 0.1 * change.abs().max()
+        assert flipped.float().mean() <= 1e-3, key
+        assert (error * ~flipped).norm() <= 2e-3 * change.norm(), key
 
 
 @pytest.mark.parametrize(
@@ -450,12 +450,12 @@ def assert_same_updates(one: dict, two: dict, start: dict) -> None:
         pytest.param(["--method", "diffusion", "--ema", "0.9", "--accumulate", "6"], marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_make_the_updates_of_one(flags, mini, tmp_path, fast):
+def test_two_processes_make_the_same_updates_as_one(flags, mini, tmp_path, fast):
     flags = [*flags, "--steps", "4"]
     assert two_processes(tmp_path, mini, flags) == [0, 0]
     begin(mini, tmp_path / "one", *flags)
-    (one, info), (two, other) = (checkpoint.read(newest(tmp_path / name)) for name in ("one", "two"))
-    assert info == other
+    (one, info), (two, other_info) = (checkpoint.read(newest(tmp_path / name)) for name in ("one", "two"))
+    assert info == other_info
     for row, same in zip(timeless(tmp_path / "one"), timeless(tmp_path / "two"), strict=True):
         assert numbers(row) == pytest.approx(numbers(same), rel=1e-4)
     assert_same_updates(one, two, weights.load_unet(mini).state_dict())
@@ -471,33 +471,33 @@ def test_two_processes_make_the_updates_of_one(flags, mini, tmp_path, fast):
     ],
     ids=lambda flags: " ".join(flags[1:]),
 )
-def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, fast, monkeypatch):
+def test_sharded_runs_make_the_same_updates(flags, mini, tmp_path, fast, monkeypatch):
     """Two updates by two processes with --shard, one by a single process, and one with --shard again."""
-    update, draw_step, drawn = Run.after, refl.sample_t_f, []
+    after_update, sample_t_f, sampled = Run.after, refl.sample_t_f, []
 
-    def draw(*rest):
-        drawn.append(draw_step(*rest))
-        return drawn[-1]
+    def recorded_t_f(*rest):
+        sampled.append(sample_t_f(*rest))
+        return sampled[-1]
 
-    def watched_gradients(run):
+    def recorded_gradients(run):
         gradients = [p.grad for p in run.models.parameters]
         run.gradient_bytes = sum(t.to_local().nbytes if run.args.shard else t.nbytes for t in gradients)
-        return finite(run)
+        return gradients_are_finite(run)
 
-    def watched(run, number, optimizer):
+    def recorded(run, update, optimizer):
         moments = [t for moments in optimizer.state.values() for key, t in moments.items() if key != "step"]
-        kept = {"weights": run.models.parameters, "moments": moments}
-        kept = {key: [t.to_local() if run.args.shard else t for t in tensors] for key, tensors in kept.items()}
-        seen = {key: sum(t.nbytes for t in tensors) for key, tensors in kept.items()} | {"drawn": drawn}
+        tensors = {"weights": run.models.parameters, "moments": moments}
+        local = {key: [t.to_local() if run.args.shard else t for t in part] for key, part in tensors.items()}
+        seen = {key: sum(t.nbytes for t in part) for key, part in local.items()} | {"t_f": sampled}
         seen["gradients"] = run.gradient_bytes
         (tmp_path / f"seen-{distributed.world_size}-{distributed.rank}.json").write_text(json.dumps(seen))
-        return update(run, number, optimizer)
+        return after_update(run, update, optimizer)
 
-    finite = Run.gradients_are_finite
-    monkeypatch.setattr(Run, "gradients_are_finite", watched_gradients)
-    monkeypatch.setattr(Run, "after", watched)
-    monkeypatch.setattr(imagerefl, "sample_t_f", draw)
-    monkeypatch.setattr(refl, "sample_t_f", draw)
+    gradients_are_finite = Run.gradients_are_finite
+    monkeypatch.setattr(Run, "gradients_are_finite", recorded_gradients)
+    monkeypatch.setattr(Run, "after", recorded)
+    monkeypatch.setattr(imagerefl, "sample_t_f", recorded_t_f)
+    monkeypatch.setattr(refl, "sample_t_f", recorded_t_f)
     two = tmp_path / "two"
     flags = ["--batch-size", "1", "--accumulate", "2", *flags, "--save-every", "1", "--keep", "4", "--steps"]
     assert two_processes(tmp_path, mini, [*flags, "2", "--shard"]) == [0, 0]
@@ -505,11 +505,11 @@ def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, f
     assert two_processes(tmp_path, mini, [*flags, "4", "--shard", "--resume", str(two)]) == [0, 0]
     begin(mini, tmp_path / "one", *flags, "4")
 
-    whole, *parts = (json.loads((tmp_path / f"seen-{n}.json").read_text()) for n in ("1-0", "2-0", "2-1"))
-    assert parts[0].pop("drawn") != parts[1].pop("drawn")  # as many steps as each one draws
+    full, *parts = (json.loads((tmp_path / f"seen-{n}.json").read_text()) for n in ("1-0", "2-0", "2-1"))
+    assert parts[0].pop("t_f") != parts[1].pop("t_f")  # each rank samples its own
     for part in parts:
         for key in ("weights", "gradients", "moments"):
-            assert 0.45 * whole[key] < part[key] < 0.55 * whole[key], key
+            assert 0.45 * full[key] < part[key] < 0.55 * full[key], key
     for row, same in zip(timeless(tmp_path / "one"), timeless(two), strict=True):
         assert numbers(row) == pytest.approx(numbers(same), rel=1e-4)
     start = weights.load_unet(mini).state_dict()
@@ -522,7 +522,7 @@ def test_sharded_weights_make_the_updates_of_whole_ones(flags, mini, tmp_path, f
     assert all(torch.equal(result[key], b[f"unet.{key}"]) for key in start)
 
 
-def test_what_does_not_go_with_shard_is_refused(mini, tmp_path, monkeypatch):
+def test_flags_that_cannot_be_combined_with_shard_are_refused(mini, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--shard spreads .*: torchrun"):
         begin(mini, tmp_path, "--shard")
     monkeypatch.setattr(distributed, "world_size", 2)
@@ -542,7 +542,7 @@ def test_a_process_that_dies_ends_the_others(flags, mini, tmp_path, fast):
 
 
 @pytest.mark.slow
-def test_torchrun_trains_and_ends_with_a_killed_process(mini, tmp_path):
+def test_torchrun_trains_and_ends_when_a_process_is_killed(mini, tmp_path):
     flags = ["--base", mini, "--steps", "3", "--accumulate", "2", *ONE]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     command += [str(ROOT / "tiny" / "pretrain.py"), *flags]
@@ -561,7 +561,7 @@ def test_torchrun_trains_and_ends_with_a_killed_process(mini, tmp_path):
     assert long.wait(120) != 0
 
 
-def test_passes_that_cannot_be_shared_are_refused(monkeypatch):
+def test_micro_batches_that_cannot_be_shared_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", 8)
     with pytest.raises(ValueError, match="--accumulate 4: .* 8 .*; --batch-size 4 --accumulate 8 has the same"):
         distributed.check_divisible(8, 4)

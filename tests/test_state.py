@@ -17,7 +17,7 @@ def trained(steps: int, module=None, optimizer=None):
     return module, optimizer
 
 
-def test_a_loaded_state_goes_on_to_the_bit(tmp_path):
+def test_training_from_a_loaded_checkpoint_is_bit_identical(tmp_path):
     module, optimizer = trained(3)
     checkpoint.save(tmp_path / "s.safetensors", {"m": module}, optimizer, {"update": 3, "note": "ä"})
     other = nn.Linear(3, 2)
@@ -28,10 +28,10 @@ def test_a_loaded_state_goes_on_to_the_bit(tmp_path):
     assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "s.safetensors"
     disk.write(path, {"a": torch.ones(2)})
     before = path.read_bytes()
-    with pytest.raises(Exception):  # noqa: B017 - whatever the library raises for a tensor that it cannot write
+    with pytest.raises(Exception):  # noqa: B017 - whatever safetensors raises for a tensor it cannot write
         disk.write(path, {"a": torch.ones(2).to_sparse()})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]

@@ -1,7 +1,7 @@
-"""The state of a training run on disk: safetensors with a JSON header, never a pickle, never half-written.
+"""Checkpoints of a training run: safetensors with a JSON header, written atomically, never a pickle.
 
-A state holds the trainable weights, the optimizer's moments and a small dictionary, with a checksum over all of it. A
-run's folder keeps the last few; whoever writes there holds its lock.
+A checkpoint holds the trainable weights, the optimizer state and a small dictionary `info`, with a checksum of
+everything. A run's folder keeps the last few; a process that writes there holds the folder's lock.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from utils import disk, distributed
 
 
 def checksum(tensors: dict[str, Tensor], info: str) -> str:
-    """SHA-256 over the names, types, shapes and bytes of tensors on the CPU, and `info`."""
+    """SHA-256 of the names, dtypes, shapes and bytes of CPU tensors, and of `info`."""
     digest = hashlib.sha256(info.encode())
     for key in sorted(tensors):
         t = tensors[key].detach().contiguous()
@@ -27,12 +27,12 @@ def checksum(tensors: dict[str, Tensor], info: str) -> str:
 
 
 def save(path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, info: dict) -> None:
-    """Save what `load` needs to go on: named modules, the optimizer's state, and `info`."""
+    """Save named modules, the optimizer state and `info`."""
     write_checkpoint(path, tensors_of(modules, optimizer), info)
 
 
 def tensors_of(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of a state, on the CPU; of sharded modules whole, in the first process: a call of all of them."""
+    """The tensors of a checkpoint, on the CPU. Gathers sharded modules to rank 0: a collective."""
     tensors = {f"{name}.{k}": t for name, module in modules.items() for k, t in module.state_dict().items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": t for k, t in moments.items()}
@@ -40,13 +40,13 @@ def tensors_of(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) 
 
 
 def write_checkpoint(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
-    """Write the tensors of a state, and `info`."""
+    """Write the tensors of a checkpoint, and `info`."""
     text = json.dumps(info)
     disk.write(path, tensors, {"info": text, "sha256": checksum(tensors, text)})
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a state, and its `info`. Raises ValueError when they are not what was written."""
+    """The tensors of a checkpoint, and its `info`. Raises ValueError if the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -61,7 +61,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 def load(path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict:
     """Load what `save` wrote into the same modules and optimizer; returns its `info`.
 
-    Raises ValueError, with nothing loaded, when the file is damaged or was saved from other modules.
+    Raises ValueError, with nothing loaded, if the file is damaged or was saved from other modules.
     """
     tensors, info = read(path)
     restore(path, tensors, modules, optimizer)
@@ -69,7 +69,7 @@ def load(path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim
 
 
 def restore(path: str | Path, tensors: dict[str, Tensor], modules: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Copy the tensors of a state into modules and optimizer. Raises ValueError when they fit no such modules."""
+    """Copy the tensors of a checkpoint into modules and optimizer. Raises ValueError if they do not fit."""
     for name, module in modules.items():
         for key, t in module.state_dict().items():
             other = tensors.get(f"{name}.{key}")
@@ -87,12 +87,12 @@ def restore(path: str | Path, tensors: dict[str, Tensor], modules: dict, optimiz
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """The states in a folder by their update, oldest first."""
+    """The checkpoints in a folder by update, oldest first."""
     return dict(sorted((int(path.stem.split("-")[1]), path) for path in folder.glob("step-*.safetensors")))
 
 
 def save_newest(folder: Path, tensors: dict[str, Tensor], info: dict, keep: int) -> None:
-    """Save the state after `info["update"]`, and remove all but the last `keep`, and any of later updates."""
+    """Save the checkpoint of `info["update"]`; remove those of later updates, and all but the last `keep`."""
     write_checkpoint(folder / f"step-{info['update']:06d}.safetensors", tensors, info)
     found = checkpoints_in(folder)
     kept = [update for update in found if update <= info["update"]][-keep:]
@@ -101,38 +101,38 @@ def save_newest(folder: Path, tensors: dict[str, Tensor], info: dict, keep: int)
 
 
 def load_newest(folder: Path, modules: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """Load the newest state that is not damaged, saying which ones are; returns its `info`, or {} where none was saved.
+    """Load the newest undamaged checkpoint and report damaged ones; returns its `info`, or {} if there are none.
 
-    Raises ValueError when every one is damaged.
+    Raises ValueError if all are damaged.
     """
     found = checkpoints_in(folder)
     for path in reversed(found.values()):
         try:
             tensors, info = read(path)
         except ValueError as error:
-            print(f"{error}; taking the one before", file=sys.stderr)
+            print(f"{error}; using the previous one", file=sys.stderr)
             continue
         restore(path, tensors, modules, optimizer)
         return info
     if found:
-        raise ValueError(f"{folder}: all {len(found)} states are damaged; remove them to start at the first update")
+        raise ValueError(f"{folder}: all {len(found)} checkpoints are damaged; remove them to start from update 1")
     return {}
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed process left half written there: our `NAME.tmp`, safetensors' own `.tmpABCDEF`."""
+    """Remove the temporary files of a killed process: our `NAME.tmp`, safetensors' `.tmpABCDEF`."""
     for path in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):
         path.unlink()
 
 
 def truncate_log(path: Path, update: int) -> None:
-    """Leave in a log, a JSON object a line, the updates up to this one: what followed was lost and comes again."""
+    """Truncate log.jsonl after `update`; later updates will be recomputed."""
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             if json.loads(line)["update"] > update:
                 break
         except ValueError:
-            break  # half a line: the process died while it wrote
+            break  # an incomplete line: the process was killed while writing
         kept.append(line + "\n")
     disk.write_text(path, "".join(kept))
