@@ -1,11 +1,11 @@
-"""A GPU that is not there: tensors on the CPU that say they are on cuda:0, to test without a GPU what runs on one.
+"""An emulated GPU: CPU tensors that report the device cuda:0, to test GPU code paths without a GPU.
 
     python tests/pretended_gpu.py train.py --base tiny --steps 4
 
-runs a command as on a GPU. Each operation is computed on the CPU; one that takes tensors of both devices, or draws
-there from a generator of the CPU, fails as it would on a GPU. At the end it tells of what types products and norms
-were, and where the host waited for the device; `--report FILE` before the command writes this as JSON. Kernels, time,
-memory, `torch.compile` and several GPUs are not pretended. It needs g++ and a CPU build of torch.
+runs a command as on a GPU. Operations are computed on the CPU; one that mixes devices, or samples on the GPU with a CPU
+generator, fails as it would on a GPU. At the end it prints the dtypes of matrix products, convolutions and norms, and
+where the host synchronised with the device; `--report FILE` before the command writes this as JSON. Kernels, time,
+memory, `torch.compile` and several GPUs are not emulated. It needs g++ and a CPU build of torch.
 """
 
 import collections
@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).parent.parent
 WATCHED = ("convolution", "mm", "bmm", "addmm", "native_group_norm", "native_layer_norm")
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")  # need a value, or a number of them
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")  # take indices from either device
-WHOLE = ("cat", "stack", "mm", "bmm", "addmm", "convolution", "embedding")  # take no number from the CPU either
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")  # need a value or size on the host
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")  # accept indices on either device
+NO_CPU_SCALARS = ("cat", "stack", "mm", "bmm", "addmm", "convolution", "embedding")  # refuse even CPU scalars
 
 types = collections.Counter()  # (operation, dtype) -> calls
 waits = collections.Counter()  # (operation, file, function of the project, line) -> calls
@@ -70,7 +70,7 @@ def on_gpu(device) -> bool:
 
 
 def place() -> tuple[str, str, int]:
-    """File, function and line of the project that is being run."""
+    """(file, function, line) of the innermost project frame."""
     frame = sys._getframe(1)
     while frame:
         path, function = Path(frame.f_code.co_filename), frame.f_code.co_name
@@ -81,14 +81,14 @@ def place() -> tuple[str, str, int]:
 
 
 def pinned(t: torch.Tensor) -> torch.Tensor:
-    """`t` in memory that a GPU reads by itself. As there, its elements may not share their places."""
+    """`t` in emulated pinned memory; like the real one, it does not accept overlapping elements."""
     copied = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t)
     copied.is_pinned_here = True
     return copied
 
 
 def compute(op, args, kwargs):
-    """An operation that has to do with the GPU, on the CPU. Raises RuntimeError where a GPU would."""
+    """Compute an operation that involves the GPU on the CPU. Raises RuntimeError where a GPU would."""
     name, device = op._schema.name.split("::")[1], kwargs.get("device")
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     gpu, cpu = [t for t in tensors if isinstance(t, Gpu)], [t for t in tensors if t.device.type == "cpu"]
@@ -98,7 +98,7 @@ def compute(op, args, kwargs):
     if gpu and name in INDEXING:
         if not isinstance(args[0], Gpu):
             raise RuntimeError(f"{name}: a tensor on the CPU is indexed by one on the GPU, in {place()}")
-    elif gpu and cpu and name not in ("copy_", "_to_copy") and any(t.ndim or name in WHOLE for t in cpu):
+    elif gpu and cpu and name not in ("copy_", "_to_copy") and any(t.ndim or name in NO_CPU_SCALARS for t in cpu):
         raise RuntimeError(f"{name}: tensors on the CPU and on the GPU, in {place()}")
     if name in ("copy_", "_to_copy"):
         queued = kwargs.get("non_blocking") and hasattr(cpu[-1] if cpu else None, "is_pinned_here")
@@ -117,14 +117,14 @@ def compute(op, args, kwargs):
     out = op(*args, **kwargs)
     if not result_on_gpu:
         return out
-    known = {id(t.inner): t for t in gpu}  # what is written in place stays the tensor that it is
+    inputs = {id(t.inner): t for t in gpu}  # an in-place operation returns its input
 
-    def dressed(x):
+    def wrap(x):
         if not isinstance(x, torch.Tensor):
             return x
-        return known[id(x)] if id(x) in known else Gpu(x)
+        return inputs[id(x)] if id(x) in inputs else Gpu(x)
 
-    return tree_map(dressed, out)
+    return tree_map(wrap, out)
 
 
 class Operations(TorchDispatchMode):
@@ -135,8 +135,8 @@ class Operations(TorchDispatchMode):
         return op(*args, **kwargs)
 
 
-class Made(TorchFunctionMode):
-    """`torch.tensor(..., device="cuda")`, which is no operation."""
+class Constructors(TorchFunctionMode):
+    """`torch.tensor(..., device="cuda")`, which is not a dispatched operation."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -146,13 +146,13 @@ class Made(TorchFunctionMode):
 
 
 def pretend() -> None:
-    """What else says that a GPU is there."""
+    """Patch torch to report one GPU."""
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to` makes new parameters
     torch.Tensor.pin_memory = pinned
-    said = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "a pretended GPU"}
-    said |= dict.fromkeys(("set_device", "synchronize", "reset_peak_memory_stats", "empty_cache", "_lazy_init"))
-    said |= {"max_memory_allocated": 10**9, "memory_allocated": 10**9, "is_bf16_supported": True}
-    for name, answer in said.items():
+    answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "a pretended GPU"}
+    answers |= dict.fromkeys(("set_device", "synchronize", "reset_peak_memory_stats", "empty_cache", "_lazy_init"))
+    answers |= {"max_memory_allocated": 10**9, "memory_allocated": 10**9, "is_bf16_supported": True}
+    for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer: answer)
 
 
@@ -164,9 +164,9 @@ def main(argv: list[str]) -> None:
     pretend()
     from training import cost
 
-    cost.matrix_rate = lambda device: math.inf  # nothing is measured here
+    cost.matrix_rate = lambda device: math.inf  # no timing on an emulated GPU
     try:
-        with Operations(), Made():
+        with Operations(), Constructors():
             runpy.run_path(os.path.join(ROOT, argv[0]), run_name="__main__")
     finally:
         rows = {"types": types, "waits": waits}

@@ -1,4 +1,4 @@
-"""Weights and inputs by recipe: every tensor is filled from its own key, so that no weights need to be shipped."""
+"""Reproducible weights and inputs: each tensor is seeded by its key, so the golden tests need no weight files."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def fill(key: str, shape: torch.Size) -> Tensor:
 
 
 def filled(module: nn.Module) -> nn.Module:
-    """The same module with every weight filled from its key."""
+    """The module, with each weight seeded by its key."""
     module.load_state_dict({key: fill(key, t.shape) for key, t in module.state_dict().items()})
     return module.eval()
 
@@ -47,7 +47,7 @@ def golden_config(name: str) -> dict:
 
 
 def mini_base(folder: Path) -> str:
-    """A base that computes in no time: the tiny one's text encoder, a still smaller UNet and autoencoder."""
+    """A base that runs fast: the tiny base's text encoder with a smaller UNet and autoencoder."""
     config = UNetConfig((16, 32), (1, 0), 1, 1, (2, 2), context=128, latent_channels=4, groups=4, sample_size=8)
     weights.save_unet(filled(UNet(config)), folder / "unet")
     vae = filled(VAE(VAEConfig((4, 4, 4, 8), 1, 4, 1)))

@@ -1,3 +1,5 @@
+"""Combined generation, AIG and guidance, on formulas in place of UNets."""
+
 import pytest
 import torch
 from recipe import rnd
@@ -23,16 +25,16 @@ def run(base, tuned, weights, seed=0):
     return combine(SCHEDULER, base, tuned, weights, rnd("x", 2, 4, 8, 8), torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("switch", [0, 1, 10, 30, 39, 40])
-def test_every_switch_is_plain_sampling_when_the_base_is_the_tuned_model(switch):
+@pytest.mark.parametrize("base_steps", [0, 1, 10, 30, 39, 40])
+def test_combining_a_model_with_itself_is_ordinary_sampling(base_steps):
     model = conditional(base, CONDITIONING)
     generator = torch.Generator().manual_seed(0)
     expected = denoise(SCHEDULER, model, rnd("x", 2, 4, 8, 8), SCHEDULER.steps, generator)
-    assert torch.equal(run(model, model, combined_weights(40, switch)), expected)
+    assert torch.equal(run(model, model, combined_weights(40, base_steps)), expected)
 
 
-@pytest.mark.parametrize("switch", [0, 10, 40])
-def test_the_base_takes_the_first_steps_and_the_tuned_model_the_rest(switch):
+@pytest.mark.parametrize("base_steps", [0, 10, 40])
+def test_the_base_takes_the_first_steps_and_the_tuned_model_the_rest(base_steps):
     calls = []
 
     def spy(name, unet):
@@ -42,11 +44,11 @@ def test_the_base_takes_the_first_steps_and_the_tuned_model_the_rest(switch):
 
         return predict
 
-    run(spy("base", base), spy("tuned", tuned), combined_weights(40, switch))
-    assert calls == [("base" if i < switch else "tuned", t) for i, t in enumerate(SCHEDULER.timesteps)]
+    run(spy("base", base), spy("tuned", tuned), combined_weights(40, base_steps))
+    assert calls == [("base" if i < base_steps else "tuned", t) for i, t in enumerate(SCHEDULER.timesteps)]
 
 
-def test_combined_generation_is_two_slices():
+def test_combined_generation_is_denoising_in_two_slices():
     x, generator = rnd("x", 2, 4, 8, 8), torch.Generator().manual_seed(0)
     x = denoise(SCHEDULER, conditional(base, CONDITIONING), x, SCHEDULER.steps[:30], generator)
     x = denoise(SCHEDULER, conditional(tuned, CONDITIONING), x, SCHEDULER.steps[30:], generator)
@@ -55,7 +57,7 @@ def test_combined_generation_is_two_slices():
     )
 
 
-def test_guidance_mixes_the_two_predictions():
+def test_guidance_extrapolates_from_the_unconditional_prediction():
     x = rnd("x", 2, 4, 8, 8)
     expected = 7.5 * base(x, 976, **CONDITIONING) - 6.5 * base(x, 976, **EMPTY)
     assert torch.allclose(cfg(base, CONDITIONING, EMPTY, 7.5)(x, 976), expected, atol=1e-5)
@@ -72,7 +74,7 @@ def test_aig_weights_are_the_published_ones():
     assert squared == pytest.approx([0, 0.0625, 0.25, 0.5625, 0.9506], abs=5e-5)
 
 
-def test_aig_mixes_both_predictions_at_the_same_latents():
+def test_aig_interpolates_both_predictions_at_the_same_latents():
     x = rnd("x", 2, 4, 8, 8)
     weights = [0.0] * 39 + [0.25]
     last = run(lambda x, t: x, lambda x, t: -x, weights)
@@ -82,10 +84,10 @@ def test_aig_mixes_both_predictions_at_the_same_latents():
     assert not torch.allclose(last, before)
 
 
-@pytest.mark.parametrize("switch", [-1, 41])
-def test_an_impossible_switch_is_named(switch):
-    with pytest.raises(ValueError, match=f"0..40.*got {switch}"):
-        combined_weights(40, switch)
+@pytest.mark.parametrize("base_steps", [-1, 41])
+def test_impossible_base_steps_are_reported(base_steps):
+    with pytest.raises(ValueError, match=f"0..40.*got {base_steps}"):
+        combined_weights(40, base_steps)
 
 
 def test_the_base_model_takes_the_steps_with_t_above_t_prime():
@@ -94,7 +96,7 @@ def test_the_base_model_takes_the_steps_with_t_above_t_prime():
     assert combined_weights(T, T - T_prime) == [0.0 if T - i > T_prime else 1.0 for i in range(T)]
 
 
-def test_two_calls_over_parts_of_the_steps_are_one_over_all():
+def test_two_calls_over_parts_of_the_steps_equal_one_over_all():
     models, schedule = (conditional(base, CONDITIONING), conditional(tuned, CONDITIONING)), aig_weights(40)
     generator, seen = torch.Generator().manual_seed(0), []
     x = rnd("x", 2, 4, 8, 8)

@@ -1,4 +1,4 @@
-"""The documents name what exists: files, functions, flags, equation markers, and the numbers of the presets."""
+"""Files, functions, flags, equation markers and preset values named in the documents exist and are right."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def named(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
-    """All that is defined in a piece of code: `function`, `CONSTANT`, `Class`, `Class.method`, `Class.attribute`."""
+    """All definitions in a syntax tree: `function`, `CONSTANT`, `Class`, `Class.method`, `Class.attribute`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.ClassDef):
             yield prefix + child.name, child
@@ -43,27 +43,27 @@ def names(path: Path) -> dict[str, ast.AST]:
 
 
 def source(path: Path, name: str) -> str:
-    """The lines of a function, comments included."""
+    """The source of a function, including comments."""
     node = names(path)[name]
     return "\n".join(path.read_text(encoding="utf-8").splitlines()[node.lineno - 1 : node.end_lineno])
 
 
 def called(node: ast.AST) -> Iterator[tuple[str, ast.Call]]:
-    """The calls in a piece of code, each with the last part of its function's name."""
+    """The calls in a syntax tree, each with the last part of the function's name."""
     for call in ast.walk(node):
         if isinstance(call, ast.Call):
             yield getattr(call.func, "id", getattr(call.func, "attr", "")), call
 
 
 def flags_in(node: ast.AST) -> set[str]:
-    """The arguments of `add(...)` and `add_argument(...)` that begin with two dashes."""
+    """The arguments of `add(...)` and `add_argument(...)` that start with two dashes."""
     adds = [call for name, call in called(node) if name in ("add", "add_argument")]
     given = [str(argument.value) for call in adds for argument in call.args if isinstance(argument, ast.Constant)]
     return {argument for argument in given if argument.startswith("--")}
 
 
 def with_helpers(path: Path, name: str) -> set[str]:
-    """A function of a file and the functions of the same file that it calls, directly or not."""
+    """A function and those of the same file that it calls, directly or indirectly."""
     functions = {node.name: node for node in tree(path).body if isinstance(node, ast.FunctionDef)}
     found, todo = set(), [name]
     while todo:
@@ -75,22 +75,22 @@ def with_helpers(path: Path, name: str) -> set[str]:
 
 @cache
 def flags(path: Path) -> frozenset[str]:
-    """The flags of a command: those that its file adds, and those that a function added elsewhere gives it.
+    """The flags of a command: those its file adds, and those added by functions it imports.
 
-    That is what it imports from an `options.py`, or as `main` or `parse_args` from another file.
+    Such functions come from an `options.py`, or are the `main` or `parse_args` of another file.
     """
     found = flags_in(tree(path))
     for node in ast.walk(tree(path)):
         file = ROOT / f"{(getattr(node, 'module', '') or '').replace('.', '/')}.py"
         if isinstance(node, ast.ImportFrom) and file.is_file():
-            given = [a.name for a in node.names if file.name == "options.py" or a.name in ("main", "parse_args")]
-            for function in set().union(*(with_helpers(file, name) for name in given)):
+            imported = [a.name for a in node.names if file.name == "options.py" or a.name in ("main", "parse_args")]
+            for function in set().union(*(with_helpers(file, name) for name in imported)):
                 found |= flags_in(names(file)[function])
     return frozenset(found)
 
 
 def code_files() -> list[Path]:
-    """All code but the tests."""
+    """All code except the tests."""
     return [path for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")] if path.parent.name != "tests"]
 
 
@@ -99,14 +99,14 @@ def all_flags() -> set[str]:
 
 
 def code_of(text: str) -> list[str]:
-    """The pieces of code of a Markdown text: the lines of its fenced blocks, continued ones joined, and `spans`."""
+    """The code in a Markdown text: lines of fenced blocks, with continuation lines joined, and inline `code`."""
     fenced = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
     lines = [line for block in fenced.findall(text) for line in block.replace("\\\n", " ").splitlines()]
     return lines + re.findall(r"`([^`\n]+)`", fenced.sub("", text))
 
 
 def unknown_names(text: str) -> list[str]:
-    """Each `file.py` and `file.py:name` in the text's code that is not in the repository."""
+    """Each `file.py` and `file.py:name` in the text that does not exist in the repository."""
     unknown = []
     for file, name in (match for code in code_of(text) for match in re.findall(r"([\w./-]+\.py)(?::([\w.]+))?", code)):
         path = ROOT / file
@@ -116,12 +116,12 @@ def unknown_names(text: str) -> list[str]:
 
 
 def unknown_flags(text: str) -> list[str]:
-    """Each flag that no parser takes; one written in a `python file.py` command must be that file's own."""
+    """Each flag that no parser accepts. In a `python file.py` command, that file must accept it."""
     unknown = []
     for code in code_of(text):
         command = re.search(r"python3? ([\w./-]+\.py)", code)
         if not command and not code.startswith("--"):
-            continue  # another program's
+            continue  # another program's flags
         path = ROOT / command[1] if command else None
         known = (flags(path) | {"--help"} if path.is_file() else set()) if path else all_flags()
         unknown += [flag for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code) if flag not in known]
@@ -129,13 +129,13 @@ def unknown_flags(text: str) -> list[str]:
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of every table row."""
+    """The cells of each table row."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def marked_functions(text: str) -> dict[int, tuple[str, str]]:
-    """Equation -> the file and function whose row of the table has its marker."""
+    """Equation number -> (file, function) of the table row with its marker."""
     found = {}
     for row in rows(text):
         marker, place = re.fullmatch(r"`# Eq\. \((\d)\)`", row[-1]), re.search(r"`([\w/]+\.py):([\w.]+)`", row[-2])
@@ -155,12 +155,12 @@ def test_every_flag_in_a_document_exists(path):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS[:2], ids=lambda path: path.name)
-def test_every_row_of_a_table_has_as_many_cells_as_its_head(path):
+def test_every_table_row_has_the_same_number_of_cells(path):
     for block in re.findall(r"(?:^\|.*\n)+", path.read_text(encoding="utf-8"), re.MULTILINE):
         assert len({len(row) for row in rows(block)}) == 1, block
 
 
-def test_each_equation_is_marked_in_the_function_that_the_document_names():
+def test_each_equation_is_marked_in_the_function_named_in_the_document():
     places = marked_functions(PAPER_TO_CODE.read_text(encoding="utf-8"))
     assert sorted(places) == list(EQUATIONS)
     for number, (file, name) in places.items():
@@ -169,13 +169,13 @@ def test_each_equation_is_marked_in_the_function_that_the_document_names():
         )
 
 
-def test_each_marker_stands_once_in_the_code():
+def test_each_equation_marker_appears_once_in_the_code():
     code = "\n".join(path.read_text(encoding="utf-8") for path in code_files())
     for number in EQUATIONS:
         assert len(re.findall(rf"  # Eq\. \({number}\)$", code, re.MULTILINE)) == 1, f"Eq. ({number})"
 
 
-def test_the_hyper_parameters_are_those_of_the_settings():
+def test_the_hyper_parameters_are_those_of_the_presets():
     table = [
         row for row in rows(PAPER_TO_CODE.read_text(encoding="utf-8")) if "`training/presets.py:Preset." in row[-2]
     ]
@@ -189,7 +189,7 @@ def test_the_hyper_parameters_are_those_of_the_settings():
 
 
 def value_in_code(path: Path, name: str, flag: str | None) -> object:
-    """A constant of a file, or where `name` is its parser the default of a flag; None where it is no number."""
+    """The constant `name` of a file, or if `name` is `parse_args` the default of a flag; None if not found."""
     for node in ast.walk(tree(path)):
         if name == "parse_args" and isinstance(node, ast.Call) and node.args and flag:
             if getattr(node.args[0], "value", "") == flag:
@@ -212,7 +212,7 @@ def test_the_constants_in_the_document_are_those_of_the_code():
 
 
 def test_the_checks_can_fail():
-    text = "`train.py:nothing` `lost.py` `refl.py:LAST` `unet.py:UNet.forward` `unet.py:forward` `vae.py:VAE.config`"
+    text = "`train.py:nothing` `lost.py` `refl.py:T_MAX` `unet.py:UNet.forward` `unet.py:forward` `vae.py:VAE.config`"
     assert unknown_names(text) == ["train.py:nothing", "lost.py", "unet.py:forward"]
     text = "`--lr` `--nothing 3` `python sample.py --lr 1 --seed 3`\n"
     text += "```\npython train.py \\\n  --switch 3\npip install --pre\n```"

@@ -1,4 +1,4 @@
-"""What runs on a GPU, on one that is pretended: see pretended_gpu.py for what that shows, and what it cannot."""
+"""The GPU code paths on an emulated GPU; pretended_gpu.py says what that covers and what it does not."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from test_text import pipeline  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 PRETENDED = ROOT / "tests" / "pretended_gpu.py"
-OUTSIDE = {  # of a pass, where a run may wait: when it loads, saves and draws pictures, and at the end of an update
+MAY_SYNC = {  # functions that may synchronise: loading, saving, sampling images, and the end of an update
     "pretrained/loading.py": {"convert_tensors"},
     "pretrained/saving.py": {"save_unet"},
     "pretrained/features.py": {"clip_features"},
@@ -53,8 +53,8 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_run_on_a_gpu_is_the_one_on_the_cpu(tmp_path, flags):
-    """Three updates of ImageReFL and one of ReFL in float32, the table after them, and pictures of the result."""
+def test_a_run_on_a_gpu_equals_one_on_the_cpu(tmp_path, flags):
+    """Three ImageReFL updates and one ReFL update in float32, the final table, and samples of the result."""
     flags += ["--method", "imagerefl", "--steps", 4, "--dtype", "float32"]
     run("train.py", *flags, "--output-dir", tmp_path / "cpu")
     run(PRETENDED, "train.py", *flags, "--output-dir", tmp_path / "gpu")
@@ -69,18 +69,18 @@ def test_a_run_on_a_gpu_is_the_one_on_the_cpu(tmp_path, flags):
         for measure, values in row.items():
             assert values == pytest.approx(cpu[name][measure], abs=1e-4)
 
-    draw = ["sample.py", "--checkpoint", tmp_path / "cpu", "--switch", 30, "--prompt", "a cat", "--dtype", "float32"]
-    run(*draw, "--output-dir", tmp_path / "drawn")
-    run(PRETENDED, *draw, "--output-dir", tmp_path / "drawn-gpu")
-    pictures = [np.asarray(Image.open(tmp_path / side / "grid.png")).astype(int) for side in ("drawn", "drawn-gpu")]
-    assert abs(pictures[0] - pictures[1]).max() <= 1
+    sample = ["sample.py", "--checkpoint", tmp_path / "cpu", "--switch", 30, "--prompt", "a cat", "--dtype", "float32"]
+    run(*sample, "--output-dir", tmp_path / "samples-cpu")
+    run(PRETENDED, *sample, "--output-dir", tmp_path / "samples-gpu")
+    grids = [np.asarray(Image.open(tmp_path / f"samples-{side}" / "grid.png")).astype(int) for side in ("cpu", "gpu")]
+    assert abs(grids[0] - grids[1]).max() <= 1
 
 
 @pytest.mark.parametrize(
     "method, more",
     [("imagerefl", ["--lora", 4, "--checkpointing", "--text-on-cpu"]), ("diffusion", ["--ema", 0.9, "--snr-gamma", 5])],
 )
-def test_a_pass_in_bf16_never_waits_for_the_gpu(tmp_path, flags, method, more):
+def test_a_bf16_micro_batch_never_synchronises_with_the_gpu(tmp_path, flags, method, more):
     script = "tiny/pretrain.py"
     if method != "diffusion":
         script, more = "train.py", ["--method", method, *more]
@@ -88,19 +88,19 @@ def test_a_pass_in_bf16_never_waits_for_the_gpu(tmp_path, flags, method, more):
     run(PRETENDED, "--report", tmp_path / "report", script, *flags, "--output-dir", tmp_path / "run")
     report = json.loads((tmp_path / "report").read_text())
     where = {(file, function) for _, file, function, *_ in report["waits"]}
-    assert ("training/run.py", "gradients_are_finite") in where  # so they are seen
-    assert not [wait for wait in report["waits"] if wait[2] not in OUTSIDE.get(wait[1], ())]
+    assert ("training/run.py", "gradients_are_finite") in where  # so synchronisations are detected
+    assert not [wait for wait in report["waits"] if wait[2] not in MAY_SYNC.get(wait[1], ())]
     if method == "imagerefl":
         adapters = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
-        assert {t.dtype for t in adapters.values()} == {torch.float32}  # beside frozen weights in bf16
-        assert any(t.any() for key, t in adapters.items() if "lora_B" in key)  # which began as zero
+        assert {t.dtype for t in adapters.values()} == {torch.float32}  # the frozen weights are bf16
+        assert any(t.any() for key, t in adapters.items() if "lora_B" in key)  # initialised to zero
     assert all(line["grad_norm"] > 0 for line in log_of(tmp_path / "run"))
     calls = {(operation, dtype): count for operation, dtype, count in report["types"]}
     for operation in ("convolution", "addmm"):
         assert calls[operation, "bfloat16"] > 20 * calls.get((operation, "float32"), 0)
 
 
-def test_sdxls_conditioning_is_that_of_the_cpu_and_waits_for_nothing(pipeline, tmp_path):  # noqa: F811
+def test_sdxl_conditioning_equals_the_cpu_and_never_synchronises(pipeline, tmp_path):  # noqa: F811
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -114,11 +114,11 @@ for key in ("context", "pooled", "time_ids"):
     )
     run(PRETENDED, "--report", tmp_path / "report", script)
     waits = json.loads((tmp_path / "report").read_text())["waits"]
-    # loading, and the script itself
+    # only loading, and the script itself
     assert {file for _, file, *_ in waits} <= {"pretrained/loading.py", "elsewhere"}
 
 
-def test_rewards_are_those_of_the_cpu_and_wait_for_nothing(folders, tmp_path):  # noqa: F811
+def test_rewards_equal_the_cpu_and_never_synchronise(folders, tmp_path):  # noqa: F811
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -138,12 +138,12 @@ for folder in {[str(folders[name]) for name in NAMES]}:
     )
     run(PRETENDED, "--report", tmp_path / "report", script)
     waits = json.loads((tmp_path / "report").read_text())["waits"]
-    # loading, and the script itself
+    # only loading, and the script itself
     loads = {("pretrained/reward_networks.py", "load"), ("elsewhere", "")}
     assert {(file, function) for _, file, function, *_ in waits} <= loads
 
 
-def test_what_would_fail_on_a_gpu_fails_here(tmp_path):
+def test_operations_that_fail_on_a_gpu_fail_on_the_emulated_one(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text(
         """

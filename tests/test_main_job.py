@@ -1,4 +1,4 @@
-"""The README's commands, as a user types them, and what diffusers makes of the result. Minutes: marked slow."""
+"""The README's commands as a user types them, and loading the result into diffusers. Takes minutes: marked slow."""
 
 import json
 import os
@@ -16,20 +16,20 @@ pytestmark = pytest.mark.slow
 
 
 def command(folder, *words: str) -> str:
-    """Run one of the scripts in another folder, so that `runs/` and `samples/` are new."""
+    """Run a script in another folder, with its own `runs/` and `samples/`."""
     words = [sys.executable, str(ROOT / words[0]), *words[1:]]
     return subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True, env=os.environ).stdout
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder in which the main job was done."""
+    """The folder in which the default training run was made."""
     folder = tmp_path_factory.mktemp("main")
     command(folder, "train.py", "--method", "imagerefl", "--base", "tiny")
     return folder
 
 
-def test_the_reward_rises_by_more_than_its_deviation(run):
+def test_the_reward_rises_by_more_than_its_standard_deviation(run):
     table = json.loads((run / "runs" / "imagerefl-tiny" / "run.json").read_text())["table"]
     (before, deviation), (after, _) = table["base"]["reward"], table["--switch 30"]["reward"]  # as ImageReFL samples
     assert after - before > deviation

@@ -1,4 +1,4 @@
-"""ReFL, ImageReFL and the diffusion loss on a mini UNet and VAE: which call carries gradients, and what is computed."""
+"""ReFL, ImageReFL and the diffusion loss on a mini UNet and VAE: which calls carry gradients, and the loss values."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def brightness(images, prompts):
 def unet():
     config = UNetConfig(channels=(32, 32), depths=(1, 0), layers=1, heads=(2, 2), context=16)
     unet = filled(UNet(config))
-    unet.calls = []  # (timestep, whether gradients flow) of each call
+    unet.calls = []  # (timestep, gradients enabled) of each call
     forward = unet.forward
 
     def spy(x, t, *args, **kwargs):
@@ -60,7 +60,7 @@ def run_imagerefl(unet, vae, seed=0):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_exactly_one_call_of_refl_carries_gradients_and_it_is_the_last(unet, vae, seed):
+def test_only_the_last_call_of_refl_carries_gradients(unet, vae, seed):
     run_refl(unet, vae, seed).backward()
     timesteps, with_gradients = zip(*unet.calls, strict=True)
     assert list(timesteps) == SCHEDULER.timesteps[: len(timesteps)]
@@ -71,17 +71,17 @@ def test_exactly_one_call_of_refl_carries_gradients_and_it_is_the_last(unet, vae
 @pytest.mark.parametrize("seed", range(3))
 def test_exactly_two_calls_of_imagerefl_carry_gradients(unet, vae, seed):
     sum(run_imagerefl(unet, vae, seed)).backward()
-    (t_start, diffusion_call), *rollout, (t_f, reward_call) = unet.calls
-    visited = list(dict.fromkeys([t_start, *(t for t, _ in rollout), t_f]))
-    assert visited == SCHEDULER.timesteps[30 : 30 + len(visited)] and len(rollout) == max(len(visited) - 2, 0)
-    assert not any(gradients for _, gradients in rollout)
+    (t_start, diffusion_call), *no_grad_calls, (t_f, reward_call) = unet.calls
+    visited = list(dict.fromkeys([t_start, *(t for t, _ in no_grad_calls), t_f]))
+    assert visited == SCHEDULER.timesteps[30 : 30 + len(visited)] and len(no_grad_calls) == max(len(visited) - 2, 0)
+    assert not any(gradients for _, gradients in no_grad_calls)
     assert reward_call and diffusion_call
     assert t_start == 226
 
 
 @pytest.mark.parametrize("t_f", [30, 31, 34])
-def test_imagerefl_equals_its_equations_with_a_pass_for_each_prediction(unet, vae, monkeypatch, t_f):
-    """The pass of the diffusion loss serves the first step without gradients too."""
+def test_imagerefl_equals_its_equations_with_a_forward_pass_per_prediction(unet, vae, monkeypatch, t_f):
+    """`imagerefl_losses` reuses the diffusion loss's prediction for the first no-grad step."""
     monkeypatch.setattr(imagerefl, "sample_t_f", lambda *_: t_f)
     l_reward, l_diffusion = run_imagerefl(unet, vae)
     (1e-3 * l_reward + 1e-5 * l_diffusion).backward()
@@ -106,8 +106,8 @@ def test_frozen_networks_get_no_gradient_and_every_trained_weight_gets_one(unet,
 
 def test_t_f_is_uniform_over_the_last_ten_steps():
     generator = seeded()
-    drawn = [sample_t_f(30, SCHEDULER, generator) for _ in range(5000)]
-    counts = torch.bincount(torch.tensor(drawn), minlength=40)
+    sampled = [sample_t_f(30, SCHEDULER, generator) for _ in range(5000)]
+    counts = torch.bincount(torch.tensor(sampled), minlength=40)
     assert counts[:30].sum() == 0
     assert counts[30:].min() > 400
 
@@ -131,15 +131,15 @@ def test_refl_gradient_equals_finite_differences(unet, vae):
             assert weight.grad[i].item() == pytest.approx(((up - down) / 2e-5).item(), rel=1e-5)
 
 
-def test_imagerefl_starts_from_the_image_noised_to_t_start(unet, vae):
+def test_imagerefl_starts_from_the_image_noised_to_t_prime(unet, vae):
     seen, forward = [], unet.forward
-    unet.forward = lambda x, t, **given: (seen.append(x), forward(x, t, **given))[1]
+    unet.forward = lambda x, t, **c: (seen.append(x), forward(x, t, **c))[1]
     run_imagerefl(unet, vae)
     eps = torch.randn(2, 4, 4, 4, generator=seeded())
     assert torch.equal(seen[0], SCHEDULER.add_noise(rnd("x0", 2, 4, 4, 4), eps, 226))
 
 
-def test_t_f_equal_to_t_start_takes_no_step_before_the_one_with_gradients(unet, vae, monkeypatch):
+def test_t_f_equal_to_t_prime_takes_no_no_grad_step(unet, vae, monkeypatch):
     monkeypatch.setattr(imagerefl, "sample_t_f", lambda *_: 30)
     run_imagerefl(unet, vae)
     assert unet.calls == [(226, True), (226, True)]
@@ -163,7 +163,7 @@ def test_the_losses_are_unscaled(unet, vae, monkeypatch, t_f):
     assert losses[1].item() == pytest.approx((predicted - eps).square().mean().item(), rel=1e-5)
 
 
-def test_diffusion_loss_is_the_mean_squared_error_of_the_noise():
+def test_diffusion_loss_is_the_per_image_mse_of_the_noise():
     eps = rnd("eps", 3, 4, 8, 8)
     loss = diffusion_loss(torch.zeros_like(eps), eps)
     assert torch.allclose(loss, eps.square().mean((1, 2, 3)))
@@ -184,7 +184,7 @@ def test_the_reward_sees_the_decoded_predicted_image(unet, vae):
     assert torch.allclose(seen["images"], vae.decode(x0), atol=1e-5) and seen["prompts"] == PROMPTS
 
 
-def test_refl_depends_on_its_generator_alone(unet, vae):
+def test_refl_depends_only_on_its_generator(unet, vae):
     torch.manual_seed(1)
     first = run_refl(unet, vae, seed=5)
     torch.manual_seed(2)
@@ -202,11 +202,11 @@ def test_latents_stay_float32_under_autocast(unet, vae, monkeypatch):
     assert x0.dtype == seen[0].dtype == torch.float32
 
 
-def test_shifted_images_are_moved_within_bounds_and_keep_their_edges():
+def test_random_shift_stays_within_bounds_and_repeats_the_edges():
     images = rnd("images", 64, 3, 16, 16)
-    moved = refl.random_shift(images, 4, seeded())
+    shifted = refl.random_shift(images, 4, seeded())
     offsets = set()
-    for image, other in zip(images, moved, strict=True):
+    for image, other in zip(images, shifted, strict=True):
         fits = [
             (y, x) for y in range(5) for x in range(5) if torch.equal(other[:, y:, x:], image[:, : 16 - y, : 16 - x])
         ]
@@ -217,7 +217,7 @@ def test_shifted_images_are_moved_within_bounds_and_keep_their_edges():
     assert len(offsets) > 15
 
 
-def test_scores_of_latents_are_those_of_the_decoded_images(vae):
+def test_latents_are_scored_by_decoding_them(vae):
     x0 = rnd("x0", 2, 4, 4, 4)
     with torch.no_grad():
         expected = brightness(vae.decode(x0), PROMPTS)

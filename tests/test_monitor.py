@@ -1,3 +1,5 @@
+"""The monitor: scores, their changes, and the warning of over-optimisation."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -7,13 +9,13 @@ import metrics
 from training import monitor
 
 
-def look(reward, judge, diversity, noise=0.01):
+def scores_at(reward, judge, diversity, noise=0.01):
     g = torch.Generator().manual_seed(0)
     values = {"reward": reward, "judge": judge, "diversity": diversity}
     return {k: v + noise * torch.randn(16, generator=g) for k, v in values.items()}
 
 
-FIRST = look(0.7, 0.64, 0.25, noise=0.0)
+FIRST = scores_at(0.7, 0.64, 0.25, noise=0.0)
 
 
 def test_change_is_the_paired_mean_and_its_error():
@@ -24,22 +26,22 @@ def test_change_is_the_paired_mean_and_its_error():
 
 
 def test_warns_when_the_reward_rises_and_the_rest_falls():
-    assert monitor.overfits(monitor.changes(FIRST, look(0.8, 0.5, 0.1)))
+    assert monitor.overfits(monitor.changes(FIRST, scores_at(0.8, 0.5, 0.1)))
 
 
-def test_does_not_warn_when_one_of_them_holds():
-    assert not monitor.overfits(monitor.changes(FIRST, look(0.8, 0.66, 0.1)))
-    assert not monitor.overfits(monitor.changes(FIRST, look(0.8, 0.5, 0.26)))
-    assert not monitor.overfits(monitor.changes(FIRST, look(0.6, 0.5, 0.1)))
+def test_does_not_warn_if_only_some_of_them_change():
+    assert not monitor.overfits(monitor.changes(FIRST, scores_at(0.8, 0.66, 0.1)))
+    assert not monitor.overfits(monitor.changes(FIRST, scores_at(0.8, 0.5, 0.26)))
+    assert not monitor.overfits(monitor.changes(FIRST, scores_at(0.6, 0.5, 0.1)))
 
 
 def test_does_not_warn_within_the_error():
-    assert not monitor.overfits(monitor.changes(FIRST, look(0.8, 0.5, 0.1, noise=3.0)))
+    assert not monitor.overfits(monitor.changes(FIRST, scores_at(0.8, 0.5, 0.1, noise=3.0)))
     assert not monitor.overfits(monitor.changes(FIRST, FIRST))
 
 
-def test_works_without_a_judge():
-    first, now = ({k: v for k, v in s.items() if k != "judge"} for s in (FIRST, look(0.8, 0.5, 0.1)))
+def test_works_without_a_held_out_reward():
+    first, now = ({k: v for k, v in s.items() if k != "judge"} for s in (FIRST, scores_at(0.8, 0.5, 0.1)))
     assert monitor.overfits(monitor.changes(first, now))
     assert "judge" not in monitor.describe(monitor.changes(first, now))
 
@@ -49,9 +51,9 @@ def run_of(models, prompts) -> SimpleNamespace:
     return SimpleNamespace(args=args, models=models, prompts=prompts, size=(4, 4), guidance=2.0, cached_images={})
 
 
-def test_scores_follow_the_images_and_a_prompt_that_stands_twice_counts_twice(monkeypatch):
+def test_scores_follow_the_images_and_a_repeated_prompt_counts_twice(monkeypatch):
     prompts, images = ["fox", "fox", "owl"], torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    batches, asked = iter(images.split(4)), []
+    batches, scored_prompts = iter(images.split(4)), []
 
     def generate_each(base, tuned, vae, text, scheduler, schedules, prompts, seeds, size, guidance):
         assert seeds == [0, 1, 2, 3] and [w[0] for w in schedules] == [0.0, 1.0]
@@ -59,14 +61,14 @@ def test_scores_follow_the_images_and_a_prompt_that_stands_twice_counts_twice(mo
         return [part, -part]
 
     def reward(part, prompts):
-        asked.append(prompts)
+        scored_prompts.append(prompts)
         return part.mean((1, 2, 3))
 
     monkeypatch.setattr(monitor, "generate_each", generate_each)
     m = SimpleNamespace(reward=reward, judge=None, features=lambda part: part.flatten(1))
     m.base = m.tuned = m.vae = m.text = None
     scores, negative = monitor.evaluate(run_of(m, prompts), [40, 0])
-    assert asked[::2] == asked[1::2] == [["fox"] * 4, ["fox"] * 4, ["owl"] * 4]
+    assert scored_prompts[::2] == scored_prompts[1::2] == [["fox"] * 4, ["fox"] * 4, ["owl"] * 4]
     assert torch.equal(scores["reward"], images.mean((1, 2, 3)))
     assert torch.equal(negative["reward"], -scores["reward"])
     each = [metrics.group_diversity(part.flatten(1), [0] * 4).item() for part in images.split(4)]

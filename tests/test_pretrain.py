@@ -27,13 +27,12 @@ def test_min_snr_down_weights_low_noise_timesteps():
         return torch.zeros_like(x)
 
     x0 = torch.zeros(4096, 1, 2, 2)
-    plain, unweighted = pretrain.pretraining_loss(zero, SCHEDULER, x0, {}, seeded())
-    weighted, same = pretrain.pretraining_loss(zero, SCHEDULER, x0, {}, seeded(), snr_gamma=5.0)
+    loss, unweighted = pretrain.pretraining_loss(zero, SCHEDULER, x0, {}, seeded())
+    weighted, unweighted_again = pretrain.pretraining_loss(zero, SCHEDULER, x0, {}, seeded(), snr_gamma=5.0)
     snr = SCHEDULER.abar / (1 - SCHEDULER.abar)
     expected = (5.0 / snr).clamp(max=1).mean().item()  # the squared error of predicting no noise is 1
-    assert plain.item() == pytest.approx(1, abs=0.05) and unweighted.item() == same.item() == pytest.approx(
-        plain.item()
-    )
+    assert loss.item() == pytest.approx(1, abs=0.05)
+    assert unweighted.item() == unweighted_again.item() == pytest.approx(loss.item())
     assert weighted.item() == pytest.approx(expected, abs=0.05)
 
 
@@ -41,18 +40,18 @@ def log_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_accumulation_averages_over_the_passes(tmp_path):
+def test_accumulation_averages_over_micro_batches(tmp_path):
     flags = ["--steps", "1", "--accumulate", "3"]
     run(*flags, "--output-dir", str(tmp_path / "run"))
     state = load_file(tmp_path / "run" / "states" / "step-000001.safetensors")
-    assert state["optimizer.0.step"].item() == 1  # one optimizer step an update
+    assert state["optimizer.0.step"].item() == 1  # one optimizer step per update
     norm = log_of(tmp_path / "run")[0]["grad_norm"]
     first_moments = [t for key, t in state.items() if key.endswith("exp_avg")]
     total = torch.stack([t.square().sum() for t in first_moments]).sum().sqrt().item()
     assert total == pytest.approx(0.1 * norm, rel=1e-4)
 
 
-def test_pictures_of_a_folder_train_and_bad_ones_are_counted(tmp_path, capsys):
+def test_training_on_a_folder_counts_images_that_cannot_be_decoded(tmp_path, capsys):
     lines = []
     for i in range(3):
         Image.new("RGB", (80, 70), "red").save(tmp_path / f"{i}.png")
@@ -66,10 +65,10 @@ def test_pictures_of_a_folder_train_and_bad_ones_are_counted(tmp_path, capsys):
         run("--data", str(tmp_path), "--cache-latents", "--output-dir", str(tmp_path / "other"))
 
 
-def test_latents_are_cached_by_the_batch():
+def test_latents_are_cached_in_batches():
     batches, args = [], pretrain.parse_args(["--batch-size", "2", "--device", "cpu", "--dtype", "float32"])
     vae = SimpleNamespace(encode=lambda x: batches.append(len(x)) or (x[:, :1], x[:, 1:2]))
     data = [(torch.full((3, 2, 2), float(i)), f"caption {i}") for i in range(5)]
-    moments, captions = pretrain.encode_all(args, vae, data)
+    posteriors, captions = pretrain.encode_all(args, vae, data)
     assert batches == [2, 2, 1] and captions == [f"caption {i}" for i in range(5)]
-    assert moments.shape == (5, 2, 1, 2, 2) and moments[4, 0, 0, 0, 0] == 4
+    assert posteriors.shape == (5, 2, 1, 2, 2) and posteriors[4, 0, 0, 0, 0] == 4

@@ -394,7 +394,7 @@ def test_a_changed_flag_is_refused_by_name_unless_overridden(mini, tmp_path, fas
     begin(mini, folder, "--method", "diffusion", "--steps", "1", "--lr", "1e-4")
     with pytest.raises(ValueError, match="--lr 0.001 .was 0.0001..*--override"):
         resume(folder, "--lr", "1e-3", "--steps", "2")
-    resume(folder, "--lr", "1e-4", "--steps", "2", "--save-every", "7")  # the same value, and a flag that changes no result
+    resume(folder, "--lr", "1e-4", "--steps", "2", "--save-every", "7")  # neither changes the result
     resume(folder, "--lr", "1e-3", "--override", "--steps", "3")
     assert [row["lr"] for row in log_of(folder)] == [1e-4, 1e-4, 1e-3]
     assert json.loads((folder / "run.json").read_text())["args"]["lr"] == 1e-3

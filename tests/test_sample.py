@@ -38,7 +38,7 @@ def pixels(folder, name: str) -> bytes:
     return Image.open(folder / name).tobytes()
 
 
-def test_writes_images_a_grid_and_their_settings(tmp_path, run, mini, base_unet):
+def test_writes_images_with_their_settings_and_a_grid(tmp_path, run, mini, base_unet):
     prompts = ["octopus", "ein grüner Frosch"]
     flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
     run(*flags, "--checkpoint", base_unet, "--switch", "3", "--images-per-prompt", "2", "--output-dir", str(tmp_path))
@@ -51,7 +51,7 @@ def test_writes_images_a_grid_and_their_settings(tmp_path, run, mini, base_unet)
     assert Image.open(tmp_path / "00000-1.png").size == (64, 64)
 
 
-def test_every_switch_gives_the_same_image_when_the_base_is_the_tuned_model(tmp_path, run, base_unet):
+def test_every_switch_gives_the_same_image_if_base_and_tuned_model_are_equal(tmp_path, run, base_unet):
     for switch in (0, 2, 4):
         flags = ["--checkpoint", base_unet, "--switch", str(switch), "--guidance", "1", "--images-per-prompt", "1"]
         run("--prompt", "octopus", *flags, "--output-dir", str(tmp_path / str(switch)))
@@ -62,23 +62,23 @@ def test_every_switch_gives_the_same_image_when_the_base_is_the_tuned_model(tmp_
 def test_each_group_is_written_before_the_next_one_starts(tmp_path, run, base_unet, monkeypatch):
     monkeypatch.setattr(sample, "GROUP", 1)
     monkeypatch.setattr(sample, "GRID_PROMPTS", 1)
-    there, initial_noise = [], sample.initial_noise
+    written, initial_noise = [], sample.initial_noise
 
     def recorded(*arguments):
-        there.append(len(list(tmp_path.glob("*.png"))))
+        written.append(len(list(tmp_path.glob("*.png"))))
         return initial_noise(*arguments)
 
     monkeypatch.setattr(sample, "initial_noise", recorded)
     prompts = ["--prompt", "octopus", "--prompt", "fox", "--prompt", "owl"]
     flags = ["--checkpoint", base_unet, "--images-per-prompt", "2", "--batch-size", "2", "--output-dir", str(tmp_path)]
     run(*prompts, *flags)
-    assert there == [0, 2, 4]
-    assert Image.open(tmp_path / "grid.png").height < 2 * 128  # the first prompt alone
+    assert written == [0, 2, 4]
+    assert Image.open(tmp_path / "grid.png").height < 2 * 128  # only the first prompt
 
 
 @pytest.mark.parametrize("flags", [["--switch", "2"], ["--aig", "1"]])
 def test_progress_counts_every_step_of_every_batch(flags, tmp_path, run, base_unet, capsys, monkeypatch):
-    """Two batches, four steps."""
+    """Two batches of four steps."""
     monkeypatch.setattr(sample, "tqdm", functools.partial(sample.tqdm, mininterval=0))
     images = ["--prompt", "octopus", "--images-per-prompt", "3", "--batch-size", "2"]
     run("--checkpoint", base_unet, *images, *flags, "--output-dir", str(tmp_path))
@@ -86,8 +86,8 @@ def test_progress_counts_every_step_of_every_batch(flags, tmp_path, run, base_un
     assert all(f"| {done}/8 [" in progress for done in range(9))
 
 
-def test_networks_in_bf16_as_on_a_gpu_sample_without_autocast(tmp_path, run, base_unet, monkeypatch):
-    """Their pictures differ from those of float32 by rounding alone."""
+def test_bf16_networks_sample_without_autocast(tmp_path, run, base_unet, monkeypatch):
+    """As on a GPU. The images differ from those in float32 only by rounding."""
     combine = sample.combine
     for name in ("float32", "bfloat16"):
         monkeypatch.setattr(sample, "frozen_dtype", lambda args, name=name: getattr(torch, name))
@@ -108,19 +108,19 @@ def test_networks_in_bf16_as_on_a_gpu_sample_without_autocast(tmp_path, run, bas
 
 
 @pytest.mark.parametrize("method, switch", [("refl", 10), ("imagerefl", 30), ("diffusion", 0), (None, 30)])
-def test_the_switch_of_a_method_is_the_papers(method, switch, tmp_path, mini, monkeypatch):
+def test_the_default_switch_of_each_method_is_the_papers(method, switch, tmp_path, mini, monkeypatch):
     header = {"method": method, "base": mini} if method else {}
-    unet, used = tmp_path / "unet", []
+    unet, schedules = tmp_path / "unet", []
     weights.save_unet(weights.load_unet(mini), unet, metadata=header)
-    monkeypatch.setattr(sample, "combine", lambda *a: used.append(a[3]) or a[4])
+    monkeypatch.setattr(sample, "combine", lambda *a: schedules.append(a[3]) or a[4])
     for steps in (40, 20):
         flags = ["--checkpoint", str(unet), "--prompt", "fox", "--output-dir", str(tmp_path / "o")]
         flags += [] if method else ["--base", mini]
         sample.main(sample.parse_args([*flags, "--steps", str(steps)]))
-    assert [schedule.index(1.0) for schedule in used[::2]] == [switch, switch // 2]  # two phases each
+    assert [schedule.index(1.0) for schedule in schedules[::2]] == [switch, switch // 2]  # two calls per run
 
 
-def test_the_noise_of_an_image_follows_from_its_seed(tmp_path, run, base_unet):
+def test_the_noise_of_an_image_depends_only_on_its_seed(tmp_path, run, base_unet):
     for name, batch, seed in (("one", "1", "1"), ("four", "4", "1"), ("later", "4", "3")):
         flags = ["--checkpoint", base_unet, "--batch-size", batch, "--seed", seed, "--output-dir", str(tmp_path / name)]
         run("--prompt", "octopus", *flags)
@@ -128,7 +128,7 @@ def test_the_noise_of_an_image_follows_from_its_seed(tmp_path, run, base_unet):
     one, four = (
         torch.frombuffer(bytearray(pixels(tmp_path / n, "00000-4.png")), dtype=torch.uint8) for n in ("one", "four")
     )
-    assert (one.int() - four.int()).abs().max() <= 1  # another batch size rounds otherwise, and no more
+    assert (one.int() - four.int()).abs().max() <= 1  # another batch size only rounds differently
     assert pixels(tmp_path / "four", "00000-1.png") != pixels(tmp_path / "four", "00000-2.png")
 
 
@@ -159,15 +159,15 @@ def test_compiling_changes_no_image(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_networks_have_a_graph_for_each_number_of_images(base_unet, mini, tmp_path, monkeypatch):
-    """Not one for each timestep, and none for any number: such a one is slower on a GPU. Six images are 4 and 2."""
+def test_compiled_networks_have_one_graph_per_batch_size(base_unet, mini, tmp_path, monkeypatch):
+    """Not one per timestep, nor one with dynamic shapes, which is slower on a GPU. Six images are batches of 4 and 2."""
     counter = torch._dynamo.testing.CompileCounter()
     compiling = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **given: compiling(net, backend=counter, **given))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **options: compiling(net, backend=counter, **options))
     torch.compiler.reset()
     flags = ["--base", str(mini), "--checkpoint", base_unet, "--switch", "3", "--steps", "6", "--guidance", "2"]
     flags += ["--prompt", "owl", "--images-per-prompt", "6", "--batch-size", "4", "--resolution", "32", "--compile"]
     sample.main(sample.parse_args([*flags, "--dtype", "float32", "--output-dir", str(tmp_path)]))
     graphs = counter.frame_count
     assert len(list(tmp_path.glob("*.png"))) == 7
-    assert graphs == 3 + 2  # UNet of 8, 4 and 2 images, the base's guided ones among them; decoder of 4 and 2
+    assert graphs == 3 + 2  # UNet with batches of 8 (with guidance), 4 and 2; decoder with 4 and 2

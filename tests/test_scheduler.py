@@ -17,7 +17,7 @@ TABLE = {
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Equal to 1e-5 of the values' size, which is what the reference's float32 schedule leaves."""
+    """Equal to 1e-5, relative to the largest value: the reference computes its schedule in float32."""
     return bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1))
 
 
@@ -78,7 +78,7 @@ def test_predict_x0_undoes_add_noise():
     assert torch.allclose(s.predict_x0(s.add_noise(x0, eps, t), eps, t), x0, atol=1e-5)
 
 
-def test_exact_noise_leads_back_to_the_image_with_every_eta():
+def test_the_exact_noise_recovers_the_image_for_every_eta():
     x0 = rnd("x0", 1, 4, 8, 8)
     for eta in (0.0, 1.0):
         s = Scheduler(40, eta)
@@ -109,9 +109,9 @@ def test_a_slice_visits_exactly_its_steps_and_slices_compose():
             y = denoise(s, predict, y, s.steps[part], generator)
         return y
 
-    whole = run(slice(0, 40))
+    in_one = run(slice(0, 40))
     assert seen == s.timesteps
-    assert torch.equal(whole, run(slice(0, 10), slice(10, 10), slice(10, 40)))
+    assert torch.equal(in_one, run(slice(0, 10), slice(10, 10), slice(10, 40)))
 
 
 def test_noise_of_an_image_does_not_depend_on_its_batch():
@@ -123,6 +123,6 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize(("steps", "eta", "named"), [(0, 1.0, "steps"), (1000, 1.0, "steps"), (40, 1.5, "eta")])
-def test_impossible_settings_are_named(steps, eta, named):
+def test_impossible_settings_are_reported(steps, eta, named):
     with pytest.raises(ValueError, match=named):
         Scheduler(steps, eta)

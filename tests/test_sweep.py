@@ -1,4 +1,4 @@
-"""Several weight schedules at once are each alone, and share their first steps."""
+"""Generating with several weight schedules at once equals one at a time, and computes shared prefixes once."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ def text(prompts, size):
     return {"context": torch.cat([rnd(prompt, 1, 1, 1, 1) for prompt in prompts])}
 
 
-def test_schedules_at_once_are_each_alone_and_share_their_first_steps():
+def test_schedules_at_once_equal_one_at_a_time_and_share_their_first_steps():
     calls = []
 
     def base(x, t, context):
@@ -28,11 +28,11 @@ def test_schedules_at_once_are_each_alone_and_share_their_first_steps():
         return torch.sin(x - context)
 
     schedules = [combined_weights(40, 30), combined_weights(40, 10), aig_weights(40, 2), combined_weights(40, 40)]
-    given = (["a", "b"], [3, 4], (64, 64), 1.5)
-    together = generate_each(base, tuned, VAE, text, Scheduler(40), schedules, *given)
+    inputs = (["a", "b"], [3, 4], (64, 64), 1.5)
+    together = generate_each(base, tuned, VAE, text, Scheduler(40), schedules, *inputs)
     assert (calls.count("base"), calls.count("tuned")) == (40 + 39, 10 + 30 + 39)  # AIG's first step is the base's
     for schedule, images in zip(schedules, together, strict=True):
-        assert torch.equal(images, generate(base, tuned, VAE, text, Scheduler(40), schedule, *given))
+        assert torch.equal(images, generate(base, tuned, VAE, text, Scheduler(40), schedule, *inputs))
 
 
 def test_equal_schedules_run_once():

@@ -1,4 +1,4 @@
-"""The training command on the tiny base: what it writes, and what its flags do."""
+"""The training command on the tiny base: its output files and the effect of its flags."""
 
 import json
 import math
@@ -26,8 +26,8 @@ def run(*flags: str) -> None:
 
 
 @pytest.fixture
-def painted(monkeypatch):
-    """Noise instead of samples, where the test is not about them: 40 steps take their time."""
+def fake_samples(monkeypatch):
+    """Noise instead of sampled images, which would take 40 steps."""
     noise = torch.Generator().manual_seed(0)
 
     def images(base, tuned, vae, text, scheduler, schedules, prompts, *rest):
@@ -40,7 +40,7 @@ def log_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_imagerefl_writes_what_it_promises(tmp_path, one_prompt, capsys, monkeypatch):
+def test_imagerefl_writes_log_weights_and_table(tmp_path, one_prompt, capsys, monkeypatch):
     folder, loaded, accelerate = tmp_path / "run", [], train.accelerate
     monkeypatch.setattr(train, "accelerate", lambda args, m, *rest: loaded.append(m) or accelerate(args, m, *rest))
     run("--method", "imagerefl", "--steps", "4", "--prompts", one_prompt, "--output-dir", str(folder))
@@ -50,21 +50,21 @@ def test_imagerefl_writes_what_it_promises(tmp_path, one_prompt, capsys, monkeyp
     tuned, base = weights.load_unet(folder), weights.load_unet("tiny")
     assert any(not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True))
     with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
-        about = file.metadata()
-    assert (about["base"], about["method"], about["reward"], about["step"]) == ("tiny", "imagerefl", "tiny", "4")
+        header = file.metadata()
+    assert (header["base"], header["method"], header["reward"], header["step"]) == ("tiny", "imagerefl", "tiny", "4")
     out = capsys.readouterr().out
     assert f"python sample.py --checkpoint {folder} --switch 30" in out
     table = json.loads((folder / "run.json").read_text())["table"]
     assert set(table) == {"base", "tuned", "--switch 30"}
     assert all(set(row) == {"reward", "judge", "diversity"} for row in table.values())
-    assert table["base"]["reward"] != table["tuned"]["reward"]  # the frozen copy is one
+    assert table["base"]["reward"] != table["tuned"]["reward"]  # the base model is a copy, not the trained UNet
     vae = loaded[0].vae
     assert not any(p.requires_grad for p in vae.parameters())
     assert all(torch.equal(t, vae.state_dict()[key]) for key, t in weights.load_vae("tiny").state_dict().items())
 
 
-def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(
-    tmp_path, one_prompt, painted, capsys, monkeypatch
+def test_the_monitor_compares_with_the_initial_scores_and_can_stop_the_run(
+    tmp_path, one_prompt, fake_samples, capsys, monkeypatch
 ):
     seen = []
     monkeypatch.setattr(monitor, "overfits", lambda change: seen.append(change) or len(seen) == 3)
@@ -74,10 +74,10 @@ def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(
     flags = ["--monitor", "2", "--stop-on-collapse", "--prompts", one_prompt]
     run("--steps", "6", *flags, "--output-dir", str(tmp_path / "run"))
     log = log_of(tmp_path / "run")
-    assert ["monitor_diversity" in row for row in log] == [False, True, False, True]  # ended after update 4 of 6
+    assert ["monitor_diversity" in row for row in log] == [False, True, False, True]  # stopped after update 4 of 6
     with safe_open(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert file.metadata()["step"] == "4"
-    assert seen[0] == {key: pytest.approx([0, 0], abs=1e-6) for key in ("reward", "judge", "diversity")}  # at first
+    assert seen[0] == {key: pytest.approx([0, 0], abs=1e-6) for key in ("reward", "judge", "diversity")}  # initial
     first = json.loads((tmp_path / "run" / "run.json").read_text())["monitor"]
     for row, change in zip((log[1], log[3]), seen[1:], strict=True):
         assert row["monitor_reward"] - mean(first["reward"]) == pytest.approx(mean(change["reward"]), abs=1e-4)
@@ -87,7 +87,7 @@ def test_the_monitor_compares_with_the_first_look_and_can_end_the_run(
     assert (tmp_path / "run" / "unet" / "config.json").is_file()
 
 
-def test_lora_trains_adapters_alone(tmp_path, one_prompt, painted):
+def test_lora_trains_only_adapters(tmp_path, one_prompt, fake_samples):
     folder = tmp_path / "run"
     run("--method", "refl", "--lora", "2", "--steps", "1", "--prompts", one_prompt, "--output-dir", str(folder))
     assert (folder / "pytorch_lora_weights.safetensors").exists() and not (folder / "unet").exists()
@@ -99,7 +99,7 @@ def test_lora_trains_adapters_alone(tmp_path, one_prompt, painted):
         assert not torch.equal(tuned(x, 1, context), original)
 
 
-def test_adapters_on_a_gpu_train_beside_frozen_bf16_weights_without_a_second_unet(monkeypatch):
+def test_lora_on_a_gpu_trains_float32_adapters_on_one_frozen_bf16_unet(monkeypatch):
     monkeypatch.setattr(models, "frozen_dtype", lambda args: torch.bfloat16)
     args = train.parse_args(["--method", "refl", "--lora", "2"])
     options.resolve(args, TINY)
@@ -110,9 +110,9 @@ def test_adapters_on_a_gpu_train_beside_frozen_bf16_weights_without_a_second_une
     assert {p.dtype for p in m.parameters} == {torch.float32}
 
 
-def test_the_scale_of_the_loss_does_not_throttle_adam():
-    """With a loss of 1e-3 and less, the first updates are those of the unscaled loss."""
-    moves = []
+def test_the_scale_of_the_loss_does_not_change_adams_updates():
+    """With a loss scaled by 1e-3 or less, the first updates equal those of the unscaled loss."""
+    changes = []
     for scale in (1.0, 1e-5):
         weight = torch.nn.Parameter(torch.zeros(100))
         optimizer = torch.optim.AdamW([weight], 1e-2, eps=train.ADAM_EPS, fused=True)
@@ -120,19 +120,19 @@ def test_the_scale_of_the_loss_does_not_throttle_adam():
             (scale * 1e-3 * (weight * torch.arange(1.0, 101.0) / 1e3).sum()).backward()
             optimizer.step()
             optimizer.zero_grad()
-        moves.append(weight.detach().clone())
-    assert torch.allclose(*moves, rtol=1e-3)
-    assert moves[0].abs().min() > 0.029
+        changes.append(weight.detach().clone())
+    assert torch.allclose(*changes, rtol=1e-3)
+    assert changes[0].abs().min() > 0.029
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5, 0.0, math.nan])
-def test_compiling_is_refused_where_it_changes_a_gradient(factor, tmp_path, one_prompt, painted, monkeypatch):
-    """Stands for a compiler: torch 2.13's own loses the decoder's gradient in bf16 on a CPU."""
+def test_compiling_is_refused_if_it_changes_a_gradient(factor, tmp_path, one_prompt, fake_samples, monkeypatch):
+    """With a fake compiler. The real one of torch 2.13 loses the decoder's bf16 gradient on a CPU."""
 
     def compiler(f, **_):
         def compiled(*args, **kwargs):
             y = f(*args, **kwargs)
-            return y.detach() + factor * (y - y.detach())  # the same value but for NaN, another gradient
+            return y.detach() + factor * (y - y.detach())  # same value except for NaN, different gradient
 
         return compiled
 
@@ -147,7 +147,7 @@ def test_compiling_is_refused_where_it_changes_a_gradient(factor, tmp_path, one_
         assert not (tmp_path / "run").exists()
 
 
-def test_underscores_are_dashes():
+def test_flags_accept_underscores_for_dashes():
     args = train.parse_args(["--batch_size", "3", "--output_dir=a_b"])
     assert (args.batch_size, args.output_dir) == (3, "a_b")
 

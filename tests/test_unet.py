@@ -54,12 +54,12 @@ def test_published_config_is_the_constant():
     assert unet_config(published) == SD15
 
 
-def test_config_of_another_network_is_refused():
+def test_config_of_an_unsupported_network_is_refused():
     with pytest.raises(ValueError, match="resnet_time_scale_shift"):
         unet_config(unet_dict(SD15) | {"resnet_time_scale_shift": "scale_shift"})
 
 
-def test_scalar_timestep_is_the_same_one_for_all():
+def test_scalar_timestep_applies_to_the_whole_batch():
     unet, g, inputs = mini("unet_sd15_mini")
     inputs["timesteps"] = 7
     with torch.no_grad():
@@ -73,19 +73,19 @@ def test_odd_batches_and_non_square_latents_work(batch, H, W):
     unet, _, _ = mini("unet_sd15_mini")
     x, context = rnd("x", batch, 4, H, W), rnd("context", batch, 5, 48)
     with torch.no_grad():
-        whole = unet(x, 500, context)
-        alone = unet(x[:1], 500, context[:1])
-    assert whole.shape == x.shape
-    assert (whole[:1] - alone).abs().max() <= 1e-5
+        batch_output = unet(x, 500, context)
+        single = unet(x[:1], 500, context[:1])
+    assert batch_output.shape == x.shape
+    assert (batch_output[:1] - single).abs().max() <= 1e-5
 
 
-def test_sides_that_cannot_be_halved_are_named():
+def test_sides_not_divisible_by_the_downsampling_factor_are_reported():
     unet, _, _ = mini("unet_sd15_mini")
     with pytest.raises(ValueError, match="multiples of 8, got 12x16"):
         unet(rnd("x", 1, 4, 12, 16), 1, rnd("context", 1, 5, 48))
 
 
-def test_sdxl_without_its_sizes_says_so():
+def test_sdxl_without_time_ids_is_an_error():
     unet, g, _ = mini("unet_sdxl_mini")
     with pytest.raises(ValueError, match="time_ids"):
         unet(g["sample"], 1, g["context"])
@@ -101,12 +101,12 @@ def test_checkpointing_changes_no_gradient():
     assert torch.allclose(*gradients, atol=1e-7)
 
 
-def test_attention_for_few_tokens_in_bf16_is_the_fused_ones():
-    given = [rnd(name, 2, 4, n, 24) for name, n in (("q", 16), ("k", 24), ("v", 24))]
-    ours, exact = ([t.to(kind).requires_grad_() for t in given] for kind in (torch.bfloat16, torch.float64))
-    output, right = attention(*ours), F.scaled_dot_product_attention(*exact)
-    assert output.grad_fn.name() != right.grad_fn.name()  # not the fused kernel's
-    for o in (output, right):
+def test_attention_for_few_tokens_in_bf16_equals_fused_attention():
+    inputs = [rnd(name, 2, 4, n, 24) for name, n in (("q", 16), ("k", 24), ("v", 24))]
+    ours, exact = ([t.to(kind).requires_grad_() for t in inputs] for kind in (torch.bfloat16, torch.float64))
+    output, expected = attention(*ours), F.scaled_dot_product_attention(*exact)
+    assert output.grad_fn.name() != expected.grad_fn.name()  # not the fused kernel
+    for o in (output, expected):
         (o.double() * rnd("weight", *o.shape)).sum().backward()
-    for mine, theirs in zip((output, *(t.grad for t in ours)), (right, *(t.grad for t in exact)), strict=True):
+    for mine, theirs in zip((output, *(t.grad for t in ours)), (expected, *(t.grad for t in exact)), strict=True):
         assert (mine - theirs).norm() < 0.01 * theirs.norm()

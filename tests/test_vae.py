@@ -14,7 +14,7 @@ def mini() -> VAE:
     return filled(VAE(vae_config(golden_config("vae_mini"))))
 
 
-# Golden images, of size 5, are rounded by 9e-6: in float32 a processor's own rounding comes on top.
+# Golden images have values up to 5 and a rounding error of 9e-6; in float32 the CPU's own rounding is added.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.float32, 2e-5)])
 def test_posterior_and_decoded_image_equal_diffusers(mini, dtype, tolerance):
     g = {name: t.to(dtype) for name, t in golden("vae_mini")[0].items()}
@@ -59,19 +59,19 @@ def test_sampled_latents_follow_the_scaled_posterior(mini):
     assert torch.allclose(latents.std(0), (0.5 * logvar[0]).exp() * scale, rtol=0.1)
 
 
-def test_sides_that_are_no_multiple_of_the_factor_are_named(mini):
+def test_sides_not_divisible_by_the_factor_are_reported(mini):
     with pytest.raises(ValueError, match="multiples of 8, got 64x60"):
         mini.encode(torch.zeros(1, 3, 64, 60))
 
 
-def test_weights_in_bf16_are_not_touched_by_autocast(mini):
+def test_bf16_weights_run_without_autocast(mini):
     mini.bfloat16()
     x, z = rnd("image", 1, 3, 16, 16), rnd("z", 1, 4, 2, 2)
     with torch.no_grad():
-        alone = (*mini.encode(x), mini.decode(z))
+        without = (*mini.encode(x), mini.decode(z))
         with torch.autocast("cpu", torch.bfloat16), patch.object(torch.nn.GroupNorm, "forward", refusing_autocast):
-            around = (*mini.encode(x), mini.decode(z))
-    assert all(torch.equal(a, b) for a, b in zip(alone, around, strict=True))
+            within = (*mini.encode(x), mini.decode(z))
+    assert all(torch.equal(a, b) for a, b in zip(without, within, strict=True))
 
 
 def refusing_autocast(norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
