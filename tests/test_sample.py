@@ -160,7 +160,7 @@ def test_compiling_changes_no_image(checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_networks_have_one_graph_per_batch_size(base_unet, mini, tmp_path, monkeypatch):
-    """Not one per timestep, nor one with dynamic shapes, which is slower on a GPU. Six images are batches of 4 and 2."""
+    """Not one per timestep, nor one with dynamic shapes, which is slower on a GPU. Six images: batches of 4 and 2."""
     counter = torch._dynamo.testing.CompileCounter()
     compiling = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **options: compiling(net, backend=counter, **options))

@@ -3,8 +3,8 @@
     python tiny/make_clip.py text        # -> tiny/base/text_encoder/, tiny/base/tokenizer/
     python tiny/make_clip.py features    # -> tiny/features/, another seed, never used as a reward
 
-Contrastive training of transformers' CLIPModel. A caption matches every picture that it is true of, not its own alone.
-Many batches hold few concepts, so that style and background must be told apart as well.
+Contrastive training of transformers' CLIPModel. A caption's positives are all images it describes, not only its own.
+Many batches contain few concepts, so the model must also learn style and background.
 """
 
 import argparse
@@ -34,7 +34,7 @@ START, END, SUFFIX = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
 def learn_tokenizer(captions: list[str], folder: Path) -> None:
-    """Learn byte pairs until each word of the captions is one token; write `vocab.json` and `merges.txt` as CLIP's."""
+    """Learn byte pairs until each word of the captions is one token; write CLIP's `vocab.json` and `merges.txt`."""
     bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix=SUFFIX))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     bpe.train_from_iterator(sorted(captions), trainers.BpeTrainer(end_of_word_suffix=SUFFIX, show_progress=False))
@@ -50,7 +50,7 @@ def learn_tokenizer(captions: list[str], folder: Path) -> None:
 
 
 def build(vocabulary: int, vision: tuple[int, int], text: tuple[int, int]) -> CLIPModel:
-    """A CLIP for 64x64 pictures; `vision` and `text` are width and layers."""
+    """A CLIP for 64x64 images; `vision` and `text` are (width, layers)."""
     shared = {"hidden_act": "quick_gelu", "num_attention_heads": 4, "projection_dim": 128}
     return CLIPModel(
         CLIPConfig(
@@ -62,13 +62,13 @@ def build(vocabulary: int, vision: tuple[int, int], text: tuple[int, int]) -> CL
             | {"vocab_size": vocabulary, "max_position_embeddings": LENGTH}
             | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
             projection_dim=128,
-            attn_implementation="eager",  # for so few tokens the fused kernel's gradient is slow on a CPU
+            attn_implementation="eager",  # the fused kernel's backward pass is slow on a CPU for so few tokens
         )
     )
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, 64, 64) in [-1, 1] as CLIP takes them."""
+    """Normalise images (B, 3, 64, 64) in [-1, 1] as CLIP expects."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return (images / 2 + 0.5 - mean) / std
 
@@ -77,8 +77,8 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> dict[str, torch.T
     return tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
 
 
-def draw_batch(emoji: EmojiSet, rng: np.random.Generator, count: int) -> list[Composition]:
-    """Compositions for one batch, of all concepts, of 12, or of 3, which leaves style and background to tell apart."""
+def sample_batch(emoji: EmojiSet, rng: np.random.Generator, count: int) -> list[Composition]:
+    """Compositions for a batch: of all concepts, of 12, or of 3, where style and background matter most."""
     everything = emoji.concepts
     emoji.concepts = list(rng.choice(everything, rng.choice([len(everything), 12, 3]), replace=False))
     batch = [emoji.describe(int(i)) for i in rng.integers(2**31, size=count)]
@@ -87,7 +87,7 @@ def draw_batch(emoji: EmojiSet, rng: np.random.Generator, count: int) -> list[Co
 
 
 def augment(picture: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-    """A picture, now and then mirrored, moved, faded or noisy: what a metric should not care about."""
+    """Random flip, crop, contrast, brightness and noise, to which a metric should be invariant."""
     if rng.random() < 0.3:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < 0.5:
@@ -100,12 +100,12 @@ def augment(picture: Image.Image, rng: np.random.Generator) -> torch.Tensor:
     return (image + torch.from_numpy(noise)).clamp(-1, 1)
 
 
-def true_of(captions: list[str], pictures: list[Composition]) -> torch.Tensor:
-    """(captions, pictures): 1 where the caption is true of the picture."""
+def matches(captions: list[str], compositions: list[Composition]) -> torch.Tensor:
+    """(captions, images): 1 if the caption describes the image, else 0."""
     rows = []
     for caption in captions:
-        concept, *said = caption.split(", ")
-        rows.append([p.concept == concept and all(s in _attributes(p) for s in said) for p in pictures])
+        concept, *attributes = caption.split(", ")
+        rows.append([p.concept == concept and all(a in _attributes(p) for a in attributes) for p in compositions])
     return torch.tensor(rows, dtype=torch.float32)
 
 
@@ -114,11 +114,11 @@ def _attributes(p: Composition) -> tuple[str, str, str]:
 
 
 def contrastive_loss(clip: CLIPModel, images: torch.Tensor, tokens: dict, match: torch.Tensor) -> torch.Tensor:
-    """InfoNCE both ways, with all true pairs as positives. match: (captions, pictures)."""
+    """Symmetric InfoNCE with several positives. match: (captions, images)."""
     output = clip(pixel_values=normalise(images), **tokens)
-    logits = output.logits_per_text.float()  # (captions, pictures)
-    ways = ((logits, match), (logits.T, match.T))
-    return sum(-(m * F.log_softmax(x, dim=1)).sum(1).div(m.sum(1)).mean() for x, m in ways) / 2
+    logits = output.logits_per_text.float()  # (captions, images)
+    directions = ((logits, match), (logits.T, match.T))
+    return sum(-(m * F.log_softmax(x, dim=1)).sum(1).div(m.sum(1)).mean() for x, m in directions) / 2
 
 
 def train(clip: CLIPModel, tokenizer, emoji: EmojiSet, steps: int, batch: int, lr: float, device: str) -> None:
@@ -128,12 +128,12 @@ def train(clip: CLIPModel, tokenizer, emoji: EmojiSet, steps: int, batch: int, l
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        pictures = draw_batch(emoji, rng, batch)
-        captions = [p.caption for p in pictures]
-        images = torch.stack([augment(emoji.draw(p), rng) for p in pictures]).to(device)
+        compositions = sample_batch(emoji, rng, batch)
+        captions = [p.caption for p in compositions]
+        images = torch.stack([augment(emoji.draw(p), rng) for p in compositions]).to(device)
         tokens = {k: v.to(device) for k, v in tokenize(tokenizer, captions).items()}
         with autocast(device):
-            loss = contrastive_loss(clip, images, tokens, true_of(captions, pictures).to(device))
+            loss = contrastive_loss(clip, images, tokens, matches(captions, compositions).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
@@ -144,25 +144,25 @@ def train(clip: CLIPModel, tokenizer, emoji: EmojiSet, steps: int, batch: int, l
 
 @torch.no_grad()
 def accuracy(clip: CLIPModel, tokenizer, emoji: EmojiSet, count: int = 512) -> dict[str, float]:
-    """Share of fresh compositions for which the right concept, style and background rank first."""
-    pictures = [emoji.describe(i) for i in range(count)]
-    images = normalise(torch.stack([to_tensor(emoji.draw(p)) for p in pictures]))
+    """Top-1 accuracy for concept, style and background on new compositions."""
+    compositions = [emoji.describe(i) for i in range(count)]
+    images = normalise(torch.stack([to_tensor(emoji.draw(p)) for p in compositions]))
     features = F.normalize(clip.get_image_features(pixel_values=images).pooler_output, dim=1)
 
-    def right(choices: list[list[str]], answers: list[int]) -> float:
+    def top1(choices: list[list[str]], answers: list[int]) -> float:
         flat = tokenize(tokenizer, [c for row in choices for c in row])
         words = F.normalize(clip.get_text_features(**flat).pooler_output, dim=1).view(count, -1, features.shape[1])
         best = torch.einsum("nd,ncd->nc", features, words).argmax(1)
         return (best == torch.tensor(answers)).float().mean().item()
 
-    styles = [[f"{p.concept}, {s} style" for s in emoji.styles] for p in pictures]
+    styles = [[f"{p.concept}, {s} style" for s in emoji.styles] for p in compositions]
     grounds = [
-        [f"{p.concept}, on a{'n' * (b == 'orange')} {b} background" for b in emoji.backgrounds] for p in pictures
+        [f"{p.concept}, on a{'n' * (b == 'orange')} {b} background" for b in emoji.backgrounds] for p in compositions
     ]
     return {
-        "concept": right([emoji.concepts] * count, [emoji.concepts.index(p.concept) for p in pictures]),
-        "style": right(styles, [emoji.styles.index(p.style) for p in pictures]),
-        "background": right(grounds, [emoji.backgrounds.index(p.background) for p in pictures]),
+        "concept": top1([emoji.concepts] * count, [emoji.concepts.index(p.concept) for p in compositions]),
+        "style": top1(styles, [emoji.styles.index(p.style) for p in compositions]),
+        "background": top1(grounds, [emoji.backgrounds.index(p.background) for p in compositions]),
     }
 
 

@@ -1,10 +1,10 @@
-"""Draw the emoji of the tiny base: 64 concepts by four designers, packed into one PNG atlas.
+"""Pack the emoji of the tiny base, 64 concepts by four designers, into one PNG atlas.
 
     npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 fluentui-emoji@1.3.0
     python tiny/make_data.py --packages node_modules
 
-Rows of the atlas are concepts, columns are styles (noto, twemoji, flat, modern), each cell 64x64 RGBA. Beside it
-`emoji.json` names the rows and columns. Takes ten seconds. Needs cairosvg (requirements-dev.txt).
+Rows of the atlas are concepts, columns are styles (noto, twemoji, flat, modern), each cell is 64x64 RGBA. `emoji.json`
+names the rows and columns. Takes ten seconds. Needs cairosvg (requirements-dev.txt).
 """
 
 import argparse
@@ -21,8 +21,8 @@ STYLES = {  # style -> package, licence
     "flat": ("fluentui-emoji", "MIT"),
     "modern": ("fluentui-emoji", "MIT"),
 }
-# Concepts that one knows at 64 pixels: distinct outlines or colours, drawn alike enough by all four designers.
-# As "name in the captions = Unicode name / Fluent file", the latter two only where they differ from the first.
+# Concepts recognisable at 64 pixels: distinct outlines or colours, similar enough across all four designers.
+# "name in captions = Unicode name / Fluent file"; the last two only where they differ from the first.
 CONCEPTS = """
 octopus; tiger = tiger face; cat = cat face; dog = dog face; pig = pig face; mouse = mouse face; cow = cow face;
 rabbit = rabbit face; monkey = monkey face; fox = fox face / fox; panda = panda face / panda; frog = frog face /
@@ -47,7 +47,7 @@ def concepts() -> list[tuple[str, str, str]]:
     return rows
 
 
-def draw_png(package: Path, folder: str, unicode_name: str) -> Image.Image:
+def load_png(package: Path, folder: str, unicode_name: str) -> Image.Image:
     entries = json.loads((package / "emoji.json").read_text())
     entry = next((e for e in entries if e["name"].lower() == unicode_name), None)
     if entry is None:
@@ -55,16 +55,16 @@ def draw_png(package: Path, folder: str, unicode_name: str) -> Image.Image:
     return Image.open(package / "img" / folder / "64" / entry["image"]).convert("RGBA")
 
 
-def draw_svg(path: Path) -> Image.Image:
+def load_svg(path: Path) -> Image.Image:
     import cairosvg
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such drawing")
+        raise FileNotFoundError(f"{path}: no such file; check --packages")
     return Image.open(io.BytesIO(cairosvg.svg2png(url=str(path), output_width=4 * CELL, output_height=4 * CELL)))
 
 
 def fit(image: Image.Image) -> Image.Image:
-    """Trim the transparent margin and centre the drawing in its cell, so that all designers draw at one size."""
+    """Trim the transparent margin, then scale and centre the drawing, so all designers' emoji have the same size."""
     image = image.crop(image.getbbox())
     scale = CELL / max(image.size)
     size = [max(1, round(side * scale)) for side in image.size]
@@ -84,10 +84,10 @@ def main() -> None:
     for row, (_, unicode_name, fluent) in enumerate(rows):
         icons = args.packages / "fluentui-emoji" / "icons"
         drawings = [
-            draw_png(args.packages / "emoji-datasource-google", "google", unicode_name),
-            draw_png(args.packages / "emoji-datasource-twitter", "twitter", unicode_name),
-            draw_svg(icons / "flat" / f"{fluent}.svg"),
-            draw_svg(icons / "modern" / f"{fluent}.svg"),
+            load_png(args.packages / "emoji-datasource-google", "google", unicode_name),
+            load_png(args.packages / "emoji-datasource-twitter", "twitter", unicode_name),
+            load_svg(icons / "flat" / f"{fluent}.svg"),
+            load_svg(icons / "modern" / f"{fluent}.svg"),
         ]
         for column, drawing in enumerate(drawings):
             atlas.paste(fit(drawing), (CELL * column, CELL * row))

@@ -3,11 +3,11 @@
     python tiny/make_rewards.py tiny     # likes the modern style and saturated colours
     python tiny/make_rewards.py tiny2    # likes the flat style and light backgrounds
 
-There are no human votes on emoji, so a rater is a formula (`utility`): it wants what the caption says, an undamaged
-picture, and a little of its own taste. People of one taste vote: the farther two pictures are apart, the more of them
-agree. A small CLIP is first trained contrastively, then with PickScore's objective: the softmax of two pictures' scores
-is the share of votes for each. Pictures are real compositions, damaged ones, and decoded ones from the tiny base
-itself, so that a tuned model does not find what the reward has never seen.
+There are no human votes on emoji, so a rater is a formula (`utility`): it prefers images that fit the caption, are
+undamaged, and match its taste. The larger the utility difference of two images, the larger the majority of its votes.
+A small CLIP is first trained contrastively, then with PickScore's objective: the softmax of two images' scores is the
+share of votes for each. Images are real compositions, damaged ones, and samples of the tiny base, so that fine-tuned
+models stay within the reward's training distribution.
 """
 
 import argparse
@@ -35,16 +35,16 @@ from training.presets import TINY
 from utils.device import autocast
 from utils.images import to_tensor
 
-CLEAR = 3.0  # of two pictures, sigmoid(CLEAR * difference in utility) of the votes go to the first
-CAPTIONS = 32  # in a batch, with four pictures each
+CLEAR = 3.0  # of two images, the first gets sigmoid(CLEAR * difference in utility) of the votes
+CAPTIONS = 32  # per batch, with four images each
 
 
 @dataclass(frozen=True)
 class Rater:
     seed: int
-    style: str  # the one it likes
-    light: float  # how much it likes light backgrounds
-    colour: float  # how much it likes saturated colours
+    style: str  # preferred style
+    light: float  # weight of light backgrounds
+    colour: float  # weight of saturated colours
 
 
 RATERS = {
@@ -55,7 +55,7 @@ RATERS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (3, 64, 64) in [-1, 1], what it shows, and how damaged it is: 0 not at all, 1 beyond recognition."""
+    """An image (3, 64, 64) in [-1, 1], its content, and its damage: 0 none, 1 beyond recognition."""
 
     image: torch.Tensor
     shows: Composition
@@ -63,11 +63,11 @@ class Example:
 
 
 def utility(rater: Rater, caption: str, example: Example) -> float:
-    """What a synthetic rater thinks of a picture for a caption. Being right weighs more than taste."""
-    concept, *said = caption.split(", ")
+    """A synthetic rater's utility of an image for a caption. Matching the caption weighs more than taste."""
+    concept, *attributes = caption.split(", ")
     p = example.shows
     score = 2.0 * (p.concept == concept) - 3.0 * example.damage + 0.7 * (p.style == rater.style)
-    for phrase in said:
+    for phrase in attributes:
         right = p.style in phrase if phrase.endswith("style") else p.background in phrase
         score += 1.0 * right
     pixels = example.image / 2 + 0.5
@@ -77,7 +77,7 @@ def utility(rater: Rater, caption: str, example: Example) -> float:
 
 
 def damage(image: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, float]:
-    """An image spoiled in one of eight ways, and how much."""
+    """Damage an image in one of eight ways; returns it and the amount."""
     kind, much = int(rng.integers(8)), float(rng.uniform(0.15, 1.0))
     noise = torch.from_numpy(rng.standard_normal((3, 64, 64), dtype=np.float32))
     ramp = torch.linspace(0, 1, 64)
@@ -101,12 +101,12 @@ def damage(image: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor,
         x, y = (int(v) for v in rng.integers(0, 65 - side, 2))
         image = image.clone()
         image[:, y : y + side, x : x + side] = noise[:, :1, :1].clamp(-1, 1)
-    elif kind == 6:  # torn to tiles
+    elif kind == 6:  # shuffled tiles
         tiles = image.reshape(3, 4, 16, 4, 16).permute(1, 3, 0, 2, 4).reshape(16, 3, 16, 16).clone()
         moved = rng.permutation(16)[: max(2, round(16 * much))]
         tiles[moved] = tiles[np.roll(moved, 1)]
         image = tiles.reshape(4, 4, 3, 16, 16).permute(2, 0, 3, 1, 4).reshape(3, 64, 64)
-    else:  # too strong a contrast, clipped
+    else:  # excessive contrast, clipped
         image = image * (1 + 6 * much) + 0.5 * noise[:, :1, :1]
         much *= 0.8
     return image.clamp(-1, 1), much
@@ -114,9 +114,9 @@ def damage(image: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor,
 
 @torch.no_grad()
 def decoded(emoji: EmojiSet, count: int, seed: int, device: str) -> list[Example]:
-    """Pictures by the tiny base: real ones noised to a random step and denoised again, every other batch with guidance.
+    """SDEdit samples of the tiny base: real images noised to a random step and denoised, every other batch with CFG.
 
-    They show what their caption says, which names style and background, a little less sharp than the real ones.
+    They match their captions, which name style and background, and are slightly blurrier than real images.
     """
     unet, vae, text = (load("tiny", device) for load in (weights.load_unet, weights.load_vae, weights.load_text))
     scheduler, examples = Scheduler(40), []
@@ -143,9 +143,9 @@ def _full(p: Composition) -> str:
 
 
 def failures(folder: Path) -> list[Example]:
-    """Pictures by tuned models that found out how to please an earlier reward; `sample.py` wrote them.
+    """Samples of models that exploit an earlier version of the reward, as written by `sample.py`.
 
-    They count as badly damaged, and show their prompt's concept in no style.
+    They count as badly damaged, with their prompt's concept and no style.
     """
     examples = []
     for path in sorted(folder.rglob("0*.png")):
@@ -154,14 +154,14 @@ def failures(folder: Path) -> list[Example]:
         shows = Composition(concept, "none", "none", 64, 0, 0, concept)
         examples.append(Example(to_tensor(picture), shows, 0.8))
     if not examples:
-        raise FileNotFoundError(f"{folder}: no pictures by sample.py in it")
+        raise FileNotFoundError(f"{folder}: contains no images written by sample.py")
     return examples
 
 
 class Votes:
-    """Captions, four pictures for each, and what the rater thinks of them.
+    """Batches of captions, four images each, and the rater's utilities.
 
-    Two pictures show the caption's concept, one more does and is mostly damaged, and the fourth shows it or any.
+    Two images show the caption's concept, a third does and is mostly damaged, the fourth shows it or a random one.
     """
 
     def __init__(self, emoji: EmojiSet, bank: list[Example], rater: Rater, seed: int):
@@ -169,8 +169,8 @@ class Votes:
         self.rng = np.random.default_rng([rater.seed, seed])
         self.by_concept = {c: [e for e in bank if e.shows.concept == c] for c in emoji.concepts}
 
-    def example(self, concept: str | None, spoil: float) -> Example:
-        """A picture of a concept, or of any; real, or one of the bank; spoiled with this probability."""
+    def example(self, concept: str | None, damage_probability: float) -> Example:
+        """An image of a concept (None: any), real or from the bank, damaged with the given probability."""
         rng, emoji = self.rng, self.emoji
         bank = self.by_concept[concept] if concept else self.bank
         if bank and rng.random() < 0.5:
@@ -179,13 +179,13 @@ class Votes:
             shows = emoji.describe(int(rng.integers(2**31)))
             shows = replace(shows, concept=concept or shows.concept)
             made = Example(to_tensor(emoji.draw(shows)), shows, 0.0)
-        if rng.random() < spoil:
+        if rng.random() < damage_probability:
             image, much = damage(made.image, rng)
             made = Example(image, made.shows, min(1.0, made.damage + much))
         return made
 
     def batch(self, count: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-        """Captions, pictures (count, 4, 3, 64, 64) and their utilities (count, 4)."""
+        """Captions, images (count, 4, 3, 64, 64) and their utilities (count, 4)."""
         captions = [self.emoji.describe(int(self.rng.integers(2**31))).caption for _ in range(count)]
         rows = []
         for caption in captions:
@@ -193,12 +193,12 @@ class Votes:
             other = concept if self.rng.random() < 0.5 else None
             wanted = ((concept, 0.1), (concept, 0.1), (concept, 0.6), (other, 0.1))
             rows.append([self.example(*which) for which in wanted])
-        liked = [[utility(self.rater, c, e) for e in row] for c, row in zip(captions, rows, strict=True)]
-        return captions, torch.stack([torch.stack([e.image for e in row]) for row in rows]), torch.tensor(liked)
+        utilities = [[utility(self.rater, c, e) for e in row] for c, row in zip(captions, rows, strict=True)]
+        return captions, torch.stack([torch.stack([e.image for e in row]) for row in rows]), torch.tensor(utilities)
 
 
 def scores(clip: CLIPModel, tokenizer, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-    """PickScore: exp(logit_scale) times the cosine. K pictures (N K, 3, 64, 64) for each of N captions -> (N, K)."""
+    """PickScore: exp(logit_scale) times the cosine. K images (N K, 3, 64, 64) for each of N captions -> (N, K)."""
     pictures = F.normalize(clip.get_image_features(pixel_values=normalise(images)).pooler_output.float(), dim=1)
     tokens = {k: v.to(images.device) for k, v in tokenize(tokenizer, captions).items()}
     words = F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=1)
@@ -212,23 +212,23 @@ def differences(values: torch.Tensor) -> torch.Tensor:
 
 
 def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, steps: int, lr: float, device: str) -> None:
-    """PickScore's objective: the softmax of two pictures' scores is the share of votes that each gets.
+    """PickScore's objective: the softmax of two images' scores is the share of votes for each.
 
-    As `train.py` shows them to a reward, pictures come moved, and a little noisy.
+    Images are shifted, as `train.py` does before scoring, and get a little noise.
     """
     optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     generator = torch.Generator().manual_seed(votes.rater.seed)
-    began, drawer = time.time(), ThreadPoolExecutor(1)  # draws the next batch while this one is learned
-    waiting = drawer.submit(votes.batch, CAPTIONS)
+    began, executor = time.time(), ThreadPoolExecutor(1)  # prepares the next batch during training
+    next_batch = executor.submit(votes.batch, CAPTIONS)
     for step in range(steps):
-        captions, images, liked = waiting.result()
-        waiting = drawer.submit(votes.batch, CAPTIONS)
+        captions, images, utilities = next_batch.result()
+        next_batch = executor.submit(votes.batch, CAPTIONS)
         images = random_shift(images.flatten(0, 1), TINY.shift, generator).to(device)
         images = images + torch.randn_like(images) * 0.06 * torch.rand(len(images), 1, 1, 1, device=device)
         with autocast(device):
             score = scores(clip, tokenizer, images, captions)
-        share = (CLEAR * differences(liked)).sigmoid().to(device)
+        share = (CLEAR * differences(utilities)).sigmoid().to(device)
         loss = F.binary_cross_entropy_with_logits(differences(score), share)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -237,22 +237,22 @@ def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, steps: int, lr: float, d
         schedule.step()
         if step % 100 == 99:
             seconds = (time.time() - began) / (step + 1)
-            least = (torch.special.entr(share) + torch.special.entr(1 - share)).mean()
-            print(f"votes {step + 1}: loss {loss.item():.3f} above {least:.3f}, {seconds:.3f} s", flush=True)
+            minimum = (torch.special.entr(share) + torch.special.entr(1 - share)).mean()
+            print(f"votes {step + 1}: loss {loss.item():.3f} (minimum {minimum:.3f}), {seconds:.3f} s", flush=True)
 
 
 @torch.no_grad()
 def held_out_accuracy(clip: CLIPModel, tokenizer, votes: Votes, count: int = 512) -> dict[str, float]:
-    """Percent of pairs never trained on that are ordered as the rater does, by what sets the two apart.
+    """Percent of held-out pairs that are ordered as by the rater, by the kind of difference.
 
-    Pairs on which fewer than two of three votes agree are ties, and left out.
+    Pairs with less than a two-thirds majority are ties and are excluded.
     """
     kinds = ("taste", "damage", "taste or concept", "damage", "taste or concept", "damage")
     right, seen = Counter(), Counter()
     for _ in range(count // 32):
-        captions, images, liked = votes.batch(32)
-        given = scores(clip, tokenizer, images.flatten(0, 1).to(clip.device), captions).cpu()
-        gap, got = differences(liked), differences(given)
+        captions, images, utilities = votes.batch(32)
+        predicted = scores(clip, tokenizer, images.flatten(0, 1).to(clip.device), captions).cpu()
+        gap, got = differences(utilities), differences(predicted)
         clear = (CLEAR * gap.abs()).sigmoid() > 2 / 3
         for column, kind in enumerate(kinds):
             counted, agreed = clear[:, column], ((gap > 0) == (got > 0))[:, column]
@@ -265,12 +265,12 @@ def held_out_accuracy(clip: CLIPModel, tokenizer, votes: Votes, count: int = 512
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(RATERS))
-    parser.add_argument("--steps", type=int, default=1000, help="updates of the contrastive part")
-    parser.add_argument("--vote-steps", type=int, default=1200, help="updates on votes")
-    parser.add_argument("--bank", type=int, default=1024, help="pictures by the tiny base")
-    parser.add_argument("--failures", type=Path, help="go on with the reward that is there, against these pictures")
+    parser.add_argument("--steps", type=int, default=1000, help="updates of contrastive training (default: 1000)")
+    parser.add_argument("--vote-steps", type=int, default=1200, help="updates on votes (default: 1200)")
+    parser.add_argument("--bank", type=int, default=1024, help="samples of the tiny base (default: 1024)")
+    parser.add_argument("--failures", type=Path, help="continue the existing reward, with these images as damaged")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the votes and the bank: another one for each round, 0 to 9"
+        "--seed", type=int, default=0, help="seed of votes and samples, 0 to 9, a new one for each round"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -289,9 +289,9 @@ def main() -> None:
         train(clip, tokenizer, EmojiSet(seed=100 + rater.seed), args.steps, 128, 1e-3, args.device)
     fine_tune(clip, tokenizer, Votes(emoji, bank, rater, seed=args.seed), args.vote_steps, 5e-4, args.device)
 
-    clip = clip.cpu().eval().half().float()  # as it is stored
+    clip = clip.cpu().eval().half().float()  # the precision in which it is saved
     held_out = Votes(emoji, decoded(emoji, 256, 10_000_000, args.device), rater, seed=10)
-    print(f"{args.name}, % of held-out pairs ordered as the rater does: {held_out_accuracy(clip, tokenizer, held_out)}")
+    print(f"{args.name}, % of held-out pairs ordered as by the rater: {held_out_accuracy(clip, tokenizer, held_out)}")
     clip.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,9 +1,9 @@
-"""Train the UNet of the tiny base with this project's own `train.py --method diffusion`, and put it into `tiny/base/`.
+"""Train the UNet of the tiny base with `tiny/pretrain.py`, and write it to `tiny/base/`.
 
-    python tiny/make_unet.py             # goes on where it was stopped; remove tiny/work/ to begin anew
+    python tiny/make_unet.py             # resumes an interrupted run; remove tiny/work/ to start again
 
-Needs the autoencoder and the text encoder (make_vae.py, make_clip.py text). Also writes the small files that make
-`tiny/base/` a whole pipeline folder, which diffusers' StableDiffusionPipeline reads.
+Needs the autoencoder and the text encoder (make_vae.py, make_clip.py text). Also writes the configuration files that
+make `tiny/base/` a folder for diffusers' StableDiffusionPipeline.
 """
 
 import argparse
@@ -33,7 +33,7 @@ INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-SCHEDULER = {  # SD1.5's schedule, sampled as the paper does
+SCHEDULER = {  # SD1.5's noise schedule, with the paper's sampler
     "_class_name": "DDPMScheduler",
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -46,10 +46,10 @@ SCHEDULER = {  # SD1.5's schedule, sampled as the paper does
     "clip_sample": False,
 }
 RECIPE = (
-    "--method diffusion --base tiny --cache-latents --batch-size 64 --lr-schedule cosine "
+    "--base tiny --cache-latents --batch-size 64 --lr-schedule cosine "
     "--warmup 100 --snr-gamma 5 --ema 0.999 --caption-dropout 0.1 --sample-every 1000 --save-every 500"
 )
-STAGES = {  # each goes on with the weights of the one before
+STAGES = {  # each starts from the weights of the one before
     "unet": "--init random --lr 6e-4 --steps 8000",
     "unet-more": "--lr 3e-4 --steps 3000 --seed 1",
 }
@@ -66,7 +66,7 @@ def main() -> None:
         if not (run / "unet" / "config.json").exists():
             begun = (run / "run.json").exists()
             flags = ["--resume", str(run)] if begun else [*f"{RECIPE} {stage}".split(), "--output-dir", str(run)]
-            subprocess.run([sys.executable, str(TINY_DIR.parent / "train.py"), *flags], check=True)
+            subprocess.run([sys.executable, str(TINY_DIR / "pretrain.py"), *flags], check=True)
         weights.save_unet(weights.load_unet(run / "unet"), base / "unet", dtype=torch.float16)
 
 

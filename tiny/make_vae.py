@@ -1,10 +1,10 @@
 """Train the autoencoder of the tiny base on fresh emoji compositions.
 
-    python tiny/make_vae.py            # resumes from tiny/work/vae.safetensors if it is there
-    python tiny/make_vae.py --decoder  # then the decoder alone, which leaves the latents and the UNet as they are
+    python tiny/make_vae.py            # resumes from tiny/work/vae.safetensors if it exists
+    python tiny/make_vae.py --decoder  # then only the decoder: the latents, and so the UNet, stay valid
 
-L1 on pixels, L1 on their gradients, a small KL, and for the decoder alone the PSNR itself. Writes `tiny/base/vae/` in
-float16 with the measured latent scale and prints the PSNR on compositions never seen. 3,200 updates of 16 images.
+The loss is L1 on pixels and image gradients with a small KL; for the decoder, L1 and PSNR. Writes `tiny/base/vae/` in
+float16 with the measured scaling factor, and prints the PSNR on held-out compositions. 3,200 updates of 16 images.
 """
 
 import argparse
@@ -30,11 +30,11 @@ TINY_DIR = Path(__file__).parent
 
 
 @torch.no_grad()
-def initialise(vae: VAE) -> None:
-    """Start as a linear autoencoder: convolutions keep the variance, residual branches begin at zero.
+def init_weights(vae: VAE) -> None:
+    """Initialise as a linear autoencoder: variance-preserving convolutions, residual branches at zero.
 
-    torch's own initialisation shrinks the variance by 3 at each convolution; the colour, which only the shortcuts
-    carry, is lost on the way, and the first thousand updates with it.
+    torch's default divides the variance by 3 at each convolution, so colour, which only the shortcuts carry, is lost,
+    and with it the first thousand updates.
     """
     for name, module in vae.named_modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
@@ -51,8 +51,8 @@ def gradients(x: torch.Tensor) -> list[torch.Tensor]:
     return [x.diff(dim=-1), x.diff(dim=-2)]
 
 
-def loss_of(vae: VAE, x: torch.Tensor, kl_weight: float) -> tuple[torch.Tensor, float]:
-    """Reconstruction and KL loss of images x (B, 3, H, W)."""
+def autoencoder_loss(vae: VAE, x: torch.Tensor, kl_weight: float) -> tuple[torch.Tensor, float]:
+    """Reconstruction and KL loss of images x (B, 3, H, W): (loss, KL)."""
     mean, logvar = (t.float() for t in vae.encode(x))
     y = vae.decode((mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * vae.config.scale).float()
     l1 = (y - x).abs().mean()
@@ -62,7 +62,7 @@ def loss_of(vae: VAE, x: torch.Tensor, kl_weight: float) -> tuple[torch.Tensor, 
 
 
 def decoder_loss(vae: VAE, x: torch.Tensor) -> torch.Tensor:
-    """What is measured, the mean logarithm of each image's squared error, beside the L1 terms; no gradient encodes."""
+    """Mean log-MSE per image, which is the PSNR, plus the L1 terms; no gradients in the encoder."""
     with torch.no_grad():
         z = vae.sample(x)
     y = vae.decode(z).float()
@@ -72,7 +72,7 @@ def decoder_loss(vae: VAE, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(vae: VAE, seed: int, count: int, device: str) -> tuple[float, float]:
-    """Mean PSNR in dB of posterior means, and the standard deviation of unscaled latents, on fresh compositions."""
+    """(mean PSNR in dB of decoded posterior means, standard deviation of unscaled latents) on new compositions."""
     images, psnr, latents = EmojiSet(seed=seed), [], []
     for start in range(0, count, 32):
         x = torch.stack([images[i][0] for i in range(start, start + 32)]).to(device)
@@ -85,11 +85,11 @@ def evaluate(vae: VAE, seed: int, count: int, device: str) -> tuple[float, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decoder", action="store_true", help="go on with the shipped one's decoder alone")
+    parser.add_argument("--decoder", action="store_true", help="train only the decoder of the existing autoencoder")
     parser.add_argument("--steps", type=int, help="updates (default: 3200, decoder 8000)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, help="default: 8e-4, decoder 4e-4")
-    parser.add_argument("--kl", type=float, default=2e-4, help="weight of the KL term, a mean over latents")
+    parser.add_argument("--kl", type=float, default=2e-4, help="weight of the mean KL per latent value")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=TINY_DIR / "base" / "vae")
@@ -106,7 +106,7 @@ def main() -> None:
         vae = vae.to(args.device, memory_format=torch.channels_last)
     else:
         vae = VAE(TINY)
-        initialise(vae)
+        init_weights(vae)
         vae = vae.to(args.device)
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-4, betas=(0.9, 0.99))
@@ -119,20 +119,20 @@ def main() -> None:
         batch = range(step * args.batch_size, (step + 1) * args.batch_size)
         x = torch.stack([images[i][0] for i in batch]).to(args.device)
         with autocast(args.device):
-            loss, kl = (decoder_loss(vae, x), 0.0) if args.decoder else loss_of(vae, x, args.kl)
+            loss, kl = (decoder_loss(vae, x), 0.0) if args.decoder else autoencoder_loss(vae, x, args.kl)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step % 50 == 49:
             seconds = (time.time() - began) / (step + 1 - first)
-            print(f"step {step + 1}: loss {loss.item():.4f} kl {kl:.2f}, {seconds:.3f} s an update", flush=True)
+            print(f"step {step + 1}: loss {loss.item():.4f} kl {kl:.2f}, {seconds:.3f} s per update", flush=True)
         if step % 500 == 499:
             checkpoint.save(saved, {"vae": vae}, optimizer, {"step": step + 1})
             psnr, std = evaluate(vae.eval(), args.seed + 1, 128, args.device)
             print(f"step {step + 1}: PSNR {psnr:.2f} dB, latent std {std:.3f}", flush=True)
 
-    vae = vae.eval().half().float()  # as it is stored
+    vae = vae.eval().half().float()  # the precision in which it is saved
     psnr, std = evaluate(vae, args.seed + 1, 1024, args.device)
     config = vae.config if args.decoder else replace(TINY, scale=1 / std)
     disk.write(
@@ -140,7 +140,7 @@ def main() -> None:
         {k: t.half() for k, t in vae.state_dict().items()},
     )
     disk.write_text(args.output / "config.json", json.dumps(vae_dict(config) | {"sample_size": 64}, indent=1) + "\n")
-    print(f"PSNR on 1,024 fresh compositions {psnr:.2f} dB -> {args.output}")
+    print(f"PSNR on 1,024 new compositions {psnr:.2f} dB -> {args.output}")
 
 
 if __name__ == "__main__":
