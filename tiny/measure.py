@@ -130,9 +130,8 @@ def print_accuracy(device: str) -> None:
         emoji = EmojiSet(seed=4321)
         for bank in ([], decoded(emoji, 256, 10_000_000, device)):
             kinds = "real, damaged and sampled images" if bank else "real and damaged images"
-            print(
-                f"{name}, % of pairs of {kinds}: {held_out_accuracy(clip, tokenizer, Votes(emoji, bank, rater, seed=10))}"
-            )
+            accuracy = held_out_accuracy(clip, tokenizer, Votes(emoji, bank, rater, seed=10))
+            print(f"{name}, % of pairs of {kinds}: {accuracy}")
 
 
 def main() -> None:
