@@ -118,7 +118,7 @@ def unknown_names(text: str) -> list[str]:
 def unknown_flags(text: str) -> list[str]:
     """Each flag that no parser accepts. In a `python file.py` command, that file must accept it."""
     unknown = []
-    for code in code_of(text):
+    for code in (part for line in code_of(text) for part in line.split(" && ")):
         command = re.search(r"python3? ([\w./-]+\.py)", code)
         if not command and not code.startswith("--"):
             continue  # another program's flags
@@ -219,3 +219,12 @@ def test_the_checks_can_fail():
     assert sorted(unknown_flags(text)) == ["--lr", "--nothing", "--switch"]
     text = "| 1 | x | `a.py:f` | `# Eq. (1)` |\n| 2 | x | `a.py:f` | no marker |"
     assert marked_functions(text) == {1: ("a.py", "f")}
+
+
+def test_ci_runs_the_readmes_test_command_word_for_word():
+    (command,) = [line for line in code_of((ROOT / "README.md").read_text()) if line.endswith("/pytest")]
+    assert command in [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

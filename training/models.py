@@ -46,7 +46,7 @@ def generator_of(*numbers: int) -> torch.Generator:
 def load_models(args: Namespace, preset: presets.Preset) -> Models:
     """The networks of a reward fine-tuning run. Raises ValueError if `--compile` would change a gradient."""
     device, dtype = args.device, frozen_dtype(args)
-    m = load_frozen(args, None if args.method == "diffusion" else preset)
+    m = load_frozen(args, preset)
     speed = acceleration.speed("--shard" if args.shard else "--compile" if args.compile else None)
     if args.lora:
         m.unet = load_unet(args.base, device, dtype)
