@@ -72,7 +72,7 @@ OPEN_CLIP = [
 ]
 
 SIGNATURES = [  # a key that only this kind of file has
-    (r"\.lora_[AB]\.|\.lora_(down|up)\.", "a LoRA adapter, which needs its base; name it with --checkpoint"),
+    (r"\.(hada|lokr|oft)_|\.lora_(A|B|down|up|mid)\.|[._]lora(_linear_layer|_layer)?\.(down|up)\.", "a LoRA adapter"),
     (r"^conditioner\.embedders\.0\.model\.", "the SDXL refiner, which is not supported"),
     (r"^cond_stage_model\.model\.", "an SD2 file, which is not supported"),
     (r"double_blocks\.|joint_blocks\.", "a Flux or SD3 file, which is not supported"),

@@ -86,6 +86,8 @@ def check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Pa
     ]
     if wrong:
         kind = key_names.identify(weight_files.read(path) if path.exists() else tensors)
+        if "LoRA" in kind:
+            kind += "; name it with --checkpoint, and with --base the model that it adapts"
         raise ValueError(f"{path}: {len(wrong)} keys do not fit: {'; '.join(wrong[:3])}; the file looks like {kind}")
 
 

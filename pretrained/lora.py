@@ -1,4 +1,6 @@
-"""Low-rank adapters (Hu et al. 2021) on the attention layers of a UNet: W x + (alpha / rank) B A x, with a switch.
+"""Low-rank adapters (Hu et al. 2021) on layers of a UNet: W x + (alpha / rank) B A x, with a switch.
+
+Training adapts the attention layers; loaded files may adapt any linear layer or convolution.
 
 With the switch off the UNet is bit-identical to the base model, so combined generation needs one set of weights.
 Files use peft's names, which diffusers reads, or kohya's, which A1111 and ComfyUI read.
@@ -7,19 +9,19 @@ Files use peft's names, which diffusers reads, or kohya's, which A1111 and Comfy
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrained import key_names, weight_files
+from pretrained import adapter_files, key_names, weight_files
 from pretrained.options import ADAPTER_LAYOUTS
-from unet import UNet
+from unet import Pointwise, UNet
 from utils import disk
 
 TARGET = re.compile(r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$")
-PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
 
 
 class LoRALinear(nn.Linear):
@@ -28,30 +30,74 @@ class LoRALinear(nn.Linear):
     The adapter is stored in float32, whatever the layer's dtype, and computes in the dtype of its input.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+    def __init__(self, linear: nn.Linear | Pointwise, rank: int, alpha: float):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.out_features, self.in_features = linear.weight.shape[:2]
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=linear.weight.device)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=linear.weight.device)
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=linear.weight.device)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=linear.weight.device)
         self.alpha, self.rank, self.on = alpha, rank, True
 
+    def merged(self, change: Tensor) -> nn.Module:
+        kind = nn.Linear if self.weight.ndim == 2 else partial(Pointwise, kernel_size=1)
+        layer = kind(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        return _with_weights(layer, self, change)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight.flatten(1), self.bias)  # a Pointwise has a weight (C_out, C_in, 1, 1)
         if not self.on:
             return y
         h = F.linear(x, self.lora_A.weight.to(x.dtype))  # (B, L, C) -> (B, L, rank)
         return y + self.alpha / self.rank * F.linear(h, self.lora_B.weight.to(x.dtype))
 
 
+class LoRAConv2d(nn.Module):
+    """A convolution plus an adapter: A is a convolution of the same kernel to `rank` channels, B a 1x1 convolution."""
+
+    def __init__(self, conv: nn.Conv2d, rank: int, alpha: float):
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.geometry = {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
+        c_out, c_in = conv.weight.shape[:2]
+        self.lora_A = nn.Conv2d(c_in, rank, **self.geometry, bias=False, device=conv.weight.device)
+        self.lora_B = nn.Conv2d(rank, c_out, 1, bias=False, device=conv.weight.device)
+        self.alpha, self.rank, self.on = alpha, rank, True
+
+    def merged(self, change: Tensor) -> nn.Module:
+        c_out, c_in = self.weight.shape[:2]
+        layer = nn.Conv2d(c_in, c_out, **self.geometry, bias=self.bias is not None, device="meta")
+        return _with_weights(layer, self, change)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride, padding = self.geometry["stride"], self.geometry["padding"]
+        y = F.conv2d(x, self.weight, self.bias, stride, padding)
+        if not self.on:
+            return y
+        h = F.conv2d(x, self.lora_A.weight.to(x.dtype), None, stride, padding)  # (B, C, H, W) -> (B, rank, H', W')
+        return y + self.alpha / self.rank * F.conv2d(h, self.lora_B.weight.to(x.dtype))
+
+
+def _adapted(layer: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> LoRALinear | LoRAConv2d:
+    kind = LoRALinear if isinstance(layer, nn.Linear | Pointwise) else LoRAConv2d
+    return kind(layer, rank, alpha)
+
+
+def _with_weights(layer: nn.Module, adapted: LoRALinear | LoRAConv2d, change: Tensor) -> nn.Module:
+    """A plain layer with the weight and bias of an adapted one, and a change (C_out, C_in ...) of its weight."""
+    weight = adapted.weight
+    layer.weight = nn.Parameter((weight.float() + change.reshape(weight.shape)).to(weight.dtype))
+    layer.bias = adapted.bias
+    return layer
+
+
 def targets(unet: UNet) -> dict[str, nn.Linear]:
-    """The layers that can have an adapter, by name."""
+    """The layers that training adapts, by name."""
     return {name: module for name, module in unet.named_modules() if TARGET.search(name)}
 
 
-def adapters(unet: UNet) -> dict[str, LoRALinear]:
+def adapters(unet: UNet) -> dict[str, LoRALinear | LoRAConv2d]:
     """The layers that have an adapter, by name. Raises ValueError if there are none."""
-    found = {name: module for name, module in targets(unet).items() if isinstance(module, LoRALinear)}
+    found = {name: module for name, module in unet.named_modules() if isinstance(module, LoRALinear | LoRAConv2d)}
     if not found:
         raise ValueError("this UNet has no adapters; lora.add or lora.load adds them")
     return found
@@ -63,7 +109,7 @@ def _replace(unet: UNet, name: str, module: nn.Module) -> None:
 
 
 def _refuse_a_second(unet: UNet) -> None:
-    if any(isinstance(module, LoRALinear) for module in unet.modules()):
+    if any(isinstance(module, LoRALinear | LoRAConv2d) for module in unet.modules()):
         raise ValueError("this UNet has adapters already; lora.merge folds them into its weights")
 
 
@@ -118,11 +164,8 @@ def base_and_tuned(unet: UNet) -> tuple[Callable, Callable]:
 def merge(unet: UNet) -> UNet:
     """Merge the adapters into the weights, W + (alpha / rank) B A, and remove them."""
     for name, layer in adapters(unet).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        change = layer.alpha / layer.rank * (layer.lora_B.weight @ layer.lora_A.weight)
-        linear.weight = nn.Parameter((layer.weight.float() + change).to(layer.weight.dtype))
-        linear.bias = layer.bias
-        _replace(unet, name, linear)
+        change = layer.alpha / layer.rank * (layer.lora_B.weight.flatten(1) @ layer.lora_A.weight.flatten(1))
+        _replace(unet, name, layer.merged(change))
     return unet
 
 
@@ -137,13 +180,14 @@ def _peft_file(unet: UNet) -> tuple[dict[str, Tensor], dict[str, str]]:
     layers = adapters(unet)
     tensors = {f"unet.{key}": t for key, t in unet.state_dict().items() if ".lora_" in key}
     first = next(iter(layers.values()))
+    attention = all(TARGET.search(name) for name in layers)
     config = {
         "peft_type": "LORA",
         "r": first.rank,
         "lora_alpha": first.alpha,
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != first.rank},
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
-        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"] if attention else list(layers),
         "init_lora_weights": "gaussian",
     }
     return tensors, {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
@@ -189,62 +233,24 @@ def save(
 
 
 def load(unet: UNet, path: str | Path) -> list[nn.Parameter]:
-    """Give a frozen UNet the adapters of a file, in peft's or kohya's names; returns their parameters.
+    """Freeze a UNet and add the adapters of a file or folder; returns their parameters.
 
-    Without a stored alpha it equals the rank. Raises ValueError when a key fits no attention layer of this UNet, half
-    of an adapter is missing, or a shape differs.
+    Raises ValueError if a key fits no layer of this UNet, half of an adapter is missing, a shape differs, or the
+    adapters are not plain LoRA.
     """
     _refuse_a_second(unet)
-    path = Path(path) if Path(path).is_file() else Path(path) / weight_files.ADAPTER
-    layers = targets(unet)
-    found = _parts(path, layers, unet)
+    path = adapter_files.locate(path)
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    found = adapter_files.read(path, layers, unet.config)
     unet.requires_grad_(False)
-    for name, parts in found.items():
-        A, B, linear = parts.get("A"), parts.get("B"), layers[name]
-        if A is None or B is None:
-            raise ValueError(f"{path}: only one half of the adapter of {name}; the file is not whole")
-        if A.shape != (len(A), linear.in_features) or B.shape != (linear.out_features, len(A)):
-            fits = f"({linear.in_features} -> {linear.out_features})"
-            raise ValueError(f"{path}: {name} {fits} cannot take A {tuple(A.shape)}, B {tuple(B.shape)}; another base?")
-        layer = LoRALinear(linear, len(A), float(parts.get("alpha", len(A))))
-        layer.lora_A.weight.data.copy_(A)
-        layer.lora_B.weight.data.copy_(B)
+    for name, stored in found.items():
+        layer = _adapted(layers[name], len(stored.A), stored.alpha)
+        for part, tensor in ((layer.lora_A, stored.A), (layer.lora_B, stored.B)):
+            fits = tensor.numel() == part.weight.numel() and tensor.shape[:2] == part.weight.shape[:2]
+            if not fits:
+                shapes = f"A {tuple(stored.A.shape)}, B {tuple(stored.B.shape)}"
+                weight = tuple(layer.weight.shape)
+                raise ValueError(f"{path}: {name} with weight {weight} cannot take {shapes}; another base?")
+            part.weight.data.copy_(tensor.reshape(part.weight.shape))
         _replace(unet, name, layer)
     return parameters(unet)
-
-
-def _parts(path: Path, layers: dict[str, nn.Linear], unet: UNet) -> dict[str, dict]:
-    """Layer -> its A, B and alpha, if stored, in the file. Raises ValueError when a key fits no layer."""
-    tensors = weight_files.read_file(path)
-    known = {name: name for name in layers}
-    for name in layers:
-        plain = "lora_unet_" + name.replace(".", "_")
-        known |= dict.fromkeys((f"unet.{name}", f"base_model.model.{name}", plain, _kohya_name(name, unet)), name)
-    found: dict[str, dict] = {}
-    strange = []
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"(.+?)\.(lora_\w+\.weight|alpha)", key)
-        if match and match[1] in known and match[2] in PARTS:
-            found.setdefault(known[match[1]], {})[PARTS[match[2]]] = tensor
-        else:
-            strange.append(key)
-    if strange or not found:
-        first = ", ".join(strange[:3]) or "no key at all"
-        raise ValueError(
-            f"{path}: {len(strange)} of {len(tensors)} keys adapt no attention layer (to_q, to_k, to_v, to_out.0) of "
-            f"this UNet: {first}; the file looks like {key_names.identify(tensors)}"
-        )
-    _alpha_of_peft(path, found)
-    return found
-
-
-def _alpha_of_peft(path: Path, found: dict[str, dict]) -> None:
-    """Fill in what peft keeps in the header. Raises ValueError for variants of LoRA that are not built here."""
-    config = json.loads(weight_files.read_metadata(path).get("lora_adapter_metadata", "{}"))
-    config = {key.removeprefix("unet."): value for key, value in config.items()}
-    if config.get("use_dora") or config.get("use_rslora"):
-        raise ValueError(f"{path}: DoRA and rank-stabilised adapters are not supported, only plain LoRA")
-    for name, parts in found.items():
-        alpha = config.get("alpha_pattern", {}).get(name, config.get("lora_alpha"))
-        if alpha is not None:
-            parts.setdefault("alpha", alpha)

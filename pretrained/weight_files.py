@@ -24,9 +24,10 @@ SINGLE = {
 }
 CLASSES = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 ADAPTER = "pytorch_lora_weights.safetensors"
+ADAPTERS = (ADAPTER, "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
 NAMES = {  # subfolders of a component; the authors publish `original_unet/` and `fine_tuned_unet/`
     "unet": ("unet", "original_unet"),
-    "tuned_unet": ("fine_tuned_unet", "unet", ADAPTER),
+    "tuned_unet": ("fine_tuned_unet", "unet/adapter_model.safetensors", "unet", *ADAPTERS),
 }
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 ENDINGS = (
@@ -51,11 +52,20 @@ INERT = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises ValueError if it contains anything else."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); download it again") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8 or download it again") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, origin: str) -> dict:
+    """The JSON object in a text. Raises ValueError that names `origin` if it is anything else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin}: not JSON ({error}); download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: contains a {type(content).__name__}, not a JSON object")
+        raise ValueError(f"{origin}: contains a {type(content).__name__}, not a JSON object")
     return content
 
 
@@ -173,8 +183,8 @@ def download(repo: str, component: str) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
     wanted = ("*.json", *(f"{stem}.safetensors" for stem in STEMS), "*-of-*.safetensors")
-    names = sum(NAMES.values(), ()) if component in NAMES else (f"{component}*",)
-    patterns = [f"{name}/{file}" for name in names for file in wanted] + [ADAPTER]
+    names = ("original_unet", "fine_tuned_unet", "unet") if component in NAMES else (f"{component}*",)
+    patterns = [f"{name}/{file}" for name in names for file in wanted] + [*ADAPTERS, "adapter_config.json"]
     patterns += ["tokenizer*/*"] * component.startswith("text")
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))

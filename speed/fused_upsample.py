@@ -54,6 +54,6 @@ def fuse(network: nn.Module) -> nn.Module:
         if isinstance(module, FusedUpsample):
             module.refresh()
         for name, child in module.named_children():
-            if type(child) is Upsample:
+            if type(child) is Upsample and not hasattr(child.conv, "lora_A"):  # an adapter is not part of the kernel
                 setattr(module, name, FusedUpsample(child))
     return network

@@ -97,9 +97,14 @@ def prepack(network: nn.Module, keep: bool = False) -> nn.Module:
     return network
 
 
+def has_adapter(layer: nn.Module) -> bool:
+    """True if a layer, or the convolution of an Upsample, has a low-rank adapter, which packed weights would drop."""
+    return hasattr(layer, "lora_A") or isinstance(layer, UPSAMPLES) and hasattr(layer.conv, "lora_A")
+
+
 def prepack_children(module: nn.Module, keep: bool) -> None:
     for name, child in module.named_children():
-        if type(child) in (nn.Linear, nn.Conv2d, Pointwise, *UPSAMPLES):
+        if type(child) in (nn.Linear, nn.Conv2d, Pointwise, *UPSAMPLES) and not has_adapter(child):
             setattr(module, name, PrepackedLayer(child, keep))
         elif not hasattr(child, "lora_A"):
             prepack_children(child, keep)
