@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import unet as unets
 import vae as vaes
-from pretrained import key_names, lora, weight_files
+from pretrained import key_names, lora, prediction, weight_files
 from pretrained.configs import unet_config, unet_dict, vae_config, vae_dict
 from pretrained.text_encoder import TextEncoder
 from pretrained.weight_files import find, read_file
@@ -29,23 +29,11 @@ CLIP_G |= {"hidden_act": "gelu", "projection_dim": 1280, "eos_token_id": 2}
 # ----------------------------------------------------------------------------------------------------- configs
 
 
-def check_prediction(place: Path) -> None:
-    """Raise ValueError if a UNet is marked as predicting something other than the noise."""
-    if place.is_dir():
-        scheduler = place.parent / "scheduler" / "scheduler_config.json"
-        config = weight_files.read_json(scheduler) if scheduler.is_file() else {}
-        kind = config.get("prediction_type", "epsilon")
-    else:
-        kind = "v_prediction" if "v_pred" in weight_files.read(place) else "epsilon"
-    if kind != "epsilon":
-        raise ValueError(f"{place}: prediction_type {kind}; only noise prediction (epsilon) is supported")
-
-
 def read_config(source: str | Path, component: str = "unet") -> dict:
     """The `config.json` of a component. For a single file: the one in its header, else that of SD1.5 or SDXL."""
     place = find(source, component)
     if component == "unet":
-        check_prediction(place)
+        prediction.check(place, weight_files.names(place))
     if place.is_dir():
         return weight_files.read_json(place / "config.json")
     stored = json.loads(weight_files.read_metadata(place).get("config", "{}"))
@@ -229,6 +217,7 @@ def load_tuned(
     """
     place = find(checkpoint, "tuned_unet")
     if place.is_file() and key_names.is_adapter(read_file(place)):
+        prediction.check(place, [])
         unet = load_unet(base, device, dtype)
         lora.load(unet, place)
         prepare(unet)

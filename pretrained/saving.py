@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrained import key_names, lora, weight_files
+from pretrained import key_names, lora, prediction, weight_files
 from pretrained.configs import unet_dict
 from pretrained.loading import find, load_clip, load_unet, load_vae, read_config, read_file
 from pretrained.options import ADAPTER_LAYOUTS, UNET_LAYOUTS
@@ -115,6 +115,7 @@ def convert(source: str, path: str, layout: str, dtype: torch.dtype, base: str |
     if place.is_file() and key_names.is_adapter(read_file(place)):
         if base is None:
             raise ValueError(f"{place}: an adapter needs --base, the model that it adapts")
+        prediction.check(place, [])
         unet = load_unet(base)
         lora.load(unet, place)
         if layout in ADAPTER_LAYOUTS:

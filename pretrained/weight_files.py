@@ -141,6 +141,18 @@ def weight_files(place: Path) -> list[Path]:
     raise FileNotFoundError(f"{place}: no weights; put {STEMS[0]}.safetensors or {STEMS[1]}.safetensors there")
 
 
+def names(place: Path) -> list[str]:
+    """The names of a component's or single file's tensors; for safetensors only the header is read."""
+    found = []
+    for path in weight_files(place):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found += file.keys()
+        except (SafetensorError, OSError):
+            found += read_file(path)  # another format, or an error that this raises
+    return found
+
+
 def read(place: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a component's folder or of a single file, memory-mapped, under the file's own names."""
     return {key: tensor for path in weight_files(place) for key, tensor in read_file(path).items()}
@@ -183,8 +195,9 @@ def download(repo: str, component: str) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
     wanted = ("*.json", *(f"{stem}.safetensors" for stem in STEMS), "*-of-*.safetensors")
-    names = ("original_unet", "fine_tuned_unet", "unet") if component in NAMES else (f"{component}*",)
-    patterns = [f"{name}/{file}" for name in names for file in wanted] + [*ADAPTERS, "adapter_config.json"]
+    folders = ("original_unet", "fine_tuned_unet", "unet") if component in NAMES else (f"{component}*",)
+    patterns = [f"{name}/{file}" for name in folders for file in wanted] + [*ADAPTERS, "adapter_config.json"]
+    patterns += ["scheduler/*.json", "model_index.json"]  # say what the UNet predicts
     patterns += ["tokenizer*/*"] * component.startswith("text")
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))

@@ -1,0 +1,154 @@
+"""Weight files as people have them: what is marked as another kind of model, EMA copies, damaged values and configs."""
+
+import fnmatch
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_adapter_files import CONFIGS, kohya_tensors, mini, pairs
+
+import weights
+from pretrained import key_names
+
+SD = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def pipeline(folder: Path, scheduler: dict | None = None, base: str = "sd15", **config) -> Path:
+    """A pipeline folder with a UNet and a scheduler; config: changed settings of the UNet."""
+    (folder / "unet").mkdir(parents=True)
+    settings = {"_class_name": "UNet2DConditionModel"} | CONFIGS[base] | config
+    (folder / "unet" / "config.json").write_text(json.dumps(settings))
+    save_file(mini(base).state_dict(), folder / "unet" / WEIGHTS)
+    if scheduler is not None:
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder
+
+
+def single(path: Path, extra: dict | None = None, header: dict | None = None, base: str = "sd15") -> Path:
+    """The UNet of a single file (LDM or SGM names), its sizes in the header."""
+    unet = mini(base)
+    tensors = {key_names.UNET + key_names.unet_name(k, unet.config): t for k, t in unet.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = {"config": json.dumps({"unet": CONFIGS[base]})}
+    save_file(tensors | (extra or {}), path, config | (header or {}))
+    return path
+
+
+def message(source, load=weights.load_unet) -> str:
+    """The one-line error of loading a source."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load(source)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# models that do not predict the noise, or not on SD's schedule
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prediction_type": "v_prediction"}, "prediction_type v_prediction"),
+        ({"prediction_type": "sample"}, "prediction_type sample"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+        ({"beta_schedule": "linear"}, "beta_schedule linear"),
+        ({"beta_end": 0.02}, "beta_end 0.02"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": None}, "beta_schedule None"),
+    ],
+)
+def test_other_schedulers_of_a_folder_are_refused(change, named, tmp_path):
+    source = pipeline(tmp_path / "model", SD | change)
+    for place in (source, source / "unet", source / "unet" / WEIGHTS):
+        assert f"scheduler_config.json: {named}" in message(place)
+
+
+def test_sds_own_schedulers_are_accepted(tmp_path):
+    settings = {"prediction_type": "epsilon", "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None}
+    for i, kind in enumerate(("PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")):
+        assert weights.load_unet(pipeline(tmp_path / str(i), SD | settings | {"_class_name": kind}))
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("extra", "header", "named"),
+    [
+        (["v_pred", "ztsnr"], {}, "v_prediction"),
+        (["ztsnr"], {}, "a zero-SNR schedule"),
+        (["edm_vpred.sigma_max"], {}, "v_prediction"),
+        (["edm_mean", "edm_std"], {}, "EDM"),
+        ([], {"modelspec.prediction_type": "v"}, "modelspec.prediction_type"),
+        ([], {"modelspec.prediction_type": "v_prediction"}, "modelspec.prediction_type"),
+        ([], {"modelspec.predict_key": "v"}, "modelspec.predict_key"),
+    ],
+)
+def test_marks_of_a_single_file_are_refused(base, extra, header, named, tmp_path):
+    path = single(tmp_path / "x.safetensors", {key: torch.zeros(1) for key in extra}, header, base)
+    assert named in message(path) and "only noise prediction" in message(path)
+    with pytest.raises(ValueError, match="only noise prediction"):  # convert would write epsilon into its header
+        weights.convert(str(path), str(tmp_path / "out"), "diffusers", torch.float32, None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'params:\n  parameterization: "v"\n',
+        "params:\n  parameterization: v # as SD2\n",
+        "params:\n  linear_start: 0.0001\n",
+        "scaling_config:\n  target: sgm.modules.diffusionmodules.denoiser_scaling.VScalingWithEDMcNoise\n",
+    ],
+)
+def test_a_yaml_next_to_a_file_is_read(text, tmp_path):
+    path = single(tmp_path / "x.safetensors")
+    path.with_suffix(".yaml").write_text(text)
+    assert "x.yaml: " in message(path) and "only noise prediction" in message(path)
+    path.with_suffix(".yaml").write_text('params:\n  parameterization: "eps"\n  linear_start: 0.00085\n# v: "v"\n')
+    assert weights.load_unet(path)
+
+
+def test_a_scheduler_folder_next_to_a_file_is_read(tmp_path):
+    path = single(tmp_path / "x.safetensors")
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD | {"prediction_type": "v_prediction"}))
+    assert "prediction_type v_prediction" in message(path)
+
+
+def test_an_adapter_of_a_v_prediction_model_is_refused(tmp_path):
+    base, path = pipeline(tmp_path / "base", SD), tmp_path / "adapter.safetensors"
+    save_file(kohya_tensors(pairs(), 1.0), path, {"modelspec.prediction_type": "v"})
+    assert "prediction_type v" in message(path, lambda source: weights.load_tuned(source, base))
+
+
+def fake_hub(monkeypatch, repository: Path) -> None:
+    """A hub with one repository: a download copies the files that match the patterns."""
+
+    def snapshot_download(repo, allow_patterns):
+        folder = repository.parent / "snapshot"
+        for path in repository.rglob("*"):
+            name = path.relative_to(repository).as_posix()
+            if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, folder / name)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+
+
+def test_a_downloaded_repository_is_checked_by_its_scheduler(tmp_path, monkeypatch):
+    fake_hub(monkeypatch, pipeline(tmp_path / "repository", SD | {"prediction_type": "v_prediction"}))
+    assert "prediction_type v_prediction" in message("some/model")
