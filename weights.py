@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     elif args.path is None:
         raise ValueError("convert SRC DST: DST is missing; name the folder or file to write")
     else:
-        convert(args.source, args.path, args.layout, DTYPES[args.dtype], args.base)
+        convert(args.source, args.path, args.layout, DTYPES[args.dtype], args.base, args.ema)
         print(f"written to {args.path}")
 
 

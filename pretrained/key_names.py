@@ -123,7 +123,7 @@ Layout = tuple[str, dict[str, str]]
 
 
 def unet_layouts(keys: Iterable[str], config: UNetConfig) -> list[Layout]:
-    """Every published layout of a UNet. EMA weights come before plain ones: the diffusers folders contain those."""
+    """Every published layout of a UNet; the second one is that of the EMA copy in a single file."""
     same = {key: key for key in keys}
     names = {key: unet_name(key, config) for key in same}
     ema = {key: name.replace(".", "") for key, name in names.items()}

@@ -4,7 +4,9 @@ Loading is strict: a missing, unexpected or misshaped key is an error. A module 
 takes no memory, and the memory-mapped tensors of the file become its parameters.
 """
 
+import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,12 +124,35 @@ def load_component(
 # ------------------------------------------------------------------------------------------------------ models
 
 
-def load_unet(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet:
-    """The UNet of a source: "tiny", "sd15", "sdxl", a pipeline's or UNet's folder, a single file or a hub id."""
+def load_unet(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, ema: bool = False) -> UNet:
+    """The UNet of a source: "tiny", "sd15", "sdxl", a pipeline's or UNet's folder, a single file or a hub id.
+
+    ema: of a single file with a plain and an EMA copy, read the EMA copy. Merges and fine-tunes often leave it stale,
+    so by default the plain one is read, as diffusers does, with a note on stderr.
+    """
     with torch.device("meta"):
         unet = UNet(unet_config(read_config(source, "unet")))
-    layouts = key_names.unet_layouts(unet.state_dict(), unet.config)
-    return load_component(unet, find(source, "unet"), layouts, device, dtype)
+    place = find(source, "unet")
+    layouts = select_ema(key_names.unet_layouts(unet.state_dict(), unet.config), place, ema)
+    return load_component(unet, place, layouts, device, dtype)
+
+
+def select_ema(layouts: list[key_names.Layout], place: Path, ema: bool) -> list[key_names.Layout]:
+    """The layouts to choose from: only that of the EMA copy, or all others if the file has a plain copy."""
+    names = weight_files.names(place) if place.is_file() else []
+    has_ema, has_plain = (any(n.startswith(prefix) for n in names) for prefix in (key_names.UNET_EMA, key_names.UNET))
+    if ema and not has_ema:
+        raise ValueError(f"{place}: --ema: contains no EMA copy of the UNet (model_ema.*)")
+    if has_ema and has_plain and not ema:
+        note_plain(place)
+    return [layout for layout in layouts if not has_plain or (layout[0] == key_names.UNET_EMA) == ema]
+
+
+@functools.cache
+def note_plain(place: Path) -> None:
+    """Say once per file that its plain weights are used."""
+    message = "contains plain and EMA weights of the UNet; using the plain ones (for the EMA: weights.py convert --ema)"
+    print(f"{place}: {message}", file=sys.stderr)
 
 
 def load_vae(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:

@@ -26,4 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layout", choices=UNET_LAYOUTS + ADAPTER_LAYOUTS, default="diffusers")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--base", help="model that an adapter adapts, or that completes a single file (default: SRC's)")
+    parser.add_argument(
+        "--ema", action="store_true", help="convert the EMA copy of a file that has plain and EMA weights"
+    )
     return parser.parse(argv)

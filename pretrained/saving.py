@@ -104,10 +104,11 @@ def inspect(path: Path) -> str:
     return "\n".join(lines)
 
 
-def convert(source: str, path: str, layout: str, dtype: torch.dtype, base: str | None) -> None:
+def convert(source: str, path: str, layout: str, dtype: torch.dtype, base: str | None, ema: bool = False) -> None:
     """Rewrite the UNet of a source in another layout. An adapter is merged, unless the layout is an adapter's.
 
     base: by default the run's own, else the source itself if it contains more than a UNet.
+    ema: read the EMA copy of a single file that has one.
     """
     place, run = find(source, "tuned_unet"), Path(source) / "run.json"
     if base is None and run.is_file():
@@ -115,6 +116,8 @@ def convert(source: str, path: str, layout: str, dtype: torch.dtype, base: str |
     if place.is_file() and key_names.is_adapter(read_file(place)):
         if base is None:
             raise ValueError(f"{place}: an adapter needs --base, the model that it adapts")
+        if ema:
+            raise ValueError(f"{place}: --ema: an adapter has no EMA copy")
         prediction.check(place, [])
         unet = load_unet(base)
         lora.load(unet, place)
@@ -122,5 +125,5 @@ def convert(source: str, path: str, layout: str, dtype: torch.dtype, base: str |
             return lora.save(unet, path, layout, dtype=dtype)
         lora.merge(unet)
     else:
-        unet = load_unet(place)
+        unet = load_unet(place, ema=ema)
     save_unet(unet, path, layout, dtype, base=base or source)

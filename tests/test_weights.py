@@ -205,15 +205,28 @@ def test_golden_vae_outputs_from_the_older_attention_names(convolutions, tmp_pat
     check_vae(weights.load_vae(tmp_path), "vae_mini_legacy_attention")
 
 
-def test_ema_weights_are_preferred_as_in_the_published_folder(tmp_path):
+def test_plain_weights_are_preferred_to_ema_weights_as_in_diffusers(tmp_path, capsys):
+    """A stale EMA copy, whole or with tensors missing, is not read unless asked for."""
     name = "unet_sd15_mini"
     plain = by_recipe(name)
-    averaged = {}
-    for key, tensor in plain.items():  # as the LDM code names a copy: the dots are taken out
-        averaged["model_ema." + key.removeprefix("model.").replace(".", "")] = tensor.clone()
-    noise = {key: tensor + 1 for key, tensor in plain.items()}
-    unet = weights.load_unet(write_single(tmp_path / "v1-5-pruned.safetensors", name, noise | averaged))
-    assert (outputs(unet, name) - golden("single_file_mini")[0][f"{name}.output"]).abs().max() <= 1e-5
+    ema = {}
+    for key, tensor in plain.items():  # as the LDM code names a copy: the dots are removed
+        ema["model_ema." + key.removeprefix("model.").replace(".", "")] = tensor + 1
+    expected = golden("single_file_mini")[0][f"{name}.output"]
+    path = write_single(tmp_path / "v1-5-pruned.safetensors", name, ema)
+    assert (outputs(weights.load_unet(path), name) - expected).abs().max() <= 1e-5
+    assert "contains plain and EMA weights of the UNet; using the plain ones" in capsys.readouterr().err
+    assert torch.equal(weights.load_unet(path, ema=True).conv_in.bias, weights.load_unet(path).conv_in.bias + 1)
+    weights.main(weights.parse_args(["convert", str(path), str(tmp_path / "ema"), "--ema"]))
+    assert same(weights.load_unet(tmp_path / "ema").state_dict(), weights.load_unet(path, ema=True).state_dict())
+    for key in [key for key in ema if "output_blocks0" in key]:
+        del ema[key]
+    path = write_single(tmp_path / "half.safetensors", name, ema)
+    assert (outputs(weights.load_unet(path), name) - expected).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="keys do not fit: missing"):
+        weights.load_unet(path, ema=True)
+    with pytest.raises(ValueError, match="--ema: contains no EMA copy"):
+        weights.load_unet(tmp_path / "ema", ema=True)
 
 
 def test_open_clip_text_encoder_gives_open_clips_features(tmp_path):
