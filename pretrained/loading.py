@@ -5,7 +5,6 @@ takes no memory, and the memory-mapped tensors of the file become its parameters
 """
 
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 import unet as unets
 import vae as vaes
-from pretrained import key_names, lora, prediction, weight_files
+from pretrained import component_configs, key_names, lora, prediction, weight_files
 from pretrained.configs import unet_config, unet_dict, vae_config, vae_dict
 from pretrained.text_encoder import TextEncoder
 from pretrained.weight_files import find, read_file
@@ -32,19 +31,42 @@ CLIP_G |= {"hidden_act": "gelu", "projection_dim": 1280, "eos_token_id": 2}
 
 
 def read_config(source: str | Path, component: str = "unet") -> dict:
-    """The `config.json` of a component. For a single file: the one in its header, else that of SD1.5 or SDXL."""
+    """The `config.json` of a component, checked and with diffusers' defaults.
+
+    For a single file: the one in its header or next to it, else that of SD1.5 or SDXL. Raises ValueError for settings
+    that are not supported, and for a UNet that is marked as predicting something other than the noise.
+    """
     place = find(source, component)
     if component == "unet":
         prediction.check(place, weight_files.names(place))
     if place.is_dir():
-        return weight_files.read_json(place / "config.json")
-    stored = json.loads(weight_files.read_metadata(place).get("config", "{}"))
+        return component_configs.check(weight_files.read_json(place / "config.json"), component, place / "config.json")
+    stored = weight_files.parse_json(weight_files.read_metadata(place).get("config", "{}"), f"{place}: header config")
     if component in stored:
-        return stored[component]
-    config = place.parent / "config.json"
-    if place.name.startswith(weight_files.STEMS) and config.is_file():
-        return weight_files.read_json(config)
-    xl = "SDXL" in key_names.identify(weight_files.read(place))
+        return component_configs.check(stored[component], component, f"{place}: header config")
+    path = place.parent / "config.json"
+    if path.is_file():
+        config = weight_files.read_json(path)
+        kind = weight_files.class_of(config)
+        if kind == weight_files.CLASSES[component] or not kind and place.name.startswith(weight_files.STEMS):
+            return component_configs.check(config, component, path)
+    return published_config(place, component)
+
+
+def published_config(place: Path, component: str) -> dict:
+    """The config of SD1.5's or SDXL's component, for a single file without one.
+
+    Raises ValueError if the file does not contain the component, or is an autoencoder alone: SD1.5's and SDXL's have
+    the same tensors but different scaling factors.
+    """
+    names = weight_files.names(place)
+    kind = key_names.identify(names)
+    if component == "vae" and kind == "an autoencoder" and not any(n.startswith(key_names.VAE) for n in names):
+        scales = f"{vaes.SD15.scale} (SD1.5), {vaes.SDXL.scale} (SDXL)"
+        raise ValueError(
+            f"{place}: an autoencoder alone does not say its scaling factor, {scales}; put its config.json next to it"
+        )
+    xl = "SDXL" in kind
     published = {
         "unet": unet_dict(unets.SDXL if xl else unets.SD15),
         "vae": vae_dict(vaes.SDXL if xl else vaes.SD15),
@@ -103,6 +125,7 @@ def convert_tensors(read: Callable[[], dict[str, Tensor]], device: str, dtype: t
     copied = 0
     for key in list(tensors):
         done[key] = tensors[key].to(device, dtype)
+        check_finite(key, done[key])
         copied += 0 if done[key] is tensors[key] else tensors[key].nbytes
         if copied > group:
             copied, tensors = 0, None
@@ -110,13 +133,24 @@ def convert_tensors(read: Callable[[], dict[str, Tensor]], device: str, dtype: t
     return done
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError that names a tensor with NaN or infinite values, which would give black images."""
+    if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+        low, high = tensor.aminmax()  # one pass without a temporary; a NaN is propagated
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{name} contains NaN or infinite values")
+
+
 def load_component(
     module: nn.Module, place: Path, layouts: list[key_names.Layout], device: str, dtype: torch.dtype
 ) -> nn.Module:
     """Load a module on the meta device from a place, strictly. Raises ValueError as `check_keys` does."""
     expected = module.state_dict()
-    tensors = convert_tensors(lambda: read_renamed(expected, place, layouts), device, dtype)
-    check_keys(expected, tensors, place)
+    check_keys(expected, read_renamed(expected, place, layouts), place)
+    try:
+        tensors = convert_tensors(lambda: read_renamed(expected, place, layouts), device, dtype)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error} in {dtype}; the file is damaged, get another copy") from None
     module.load_state_dict(tensors, assign=True)
     return module.eval()
 

@@ -251,6 +251,8 @@ def load(unet: UNet, path: str | Path) -> list[nn.Parameter]:
                 shapes = f"A {tuple(stored.A.shape)}, B {tuple(stored.B.shape)}"
                 weight = tuple(layer.weight.shape)
                 raise ValueError(f"{path}: {name} with weight {weight} cannot take {shapes}; another base?")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: the adapter of {name} contains NaN or infinite values")
             part.weight.data.copy_(tensor.reshape(part.weight.shape))
         _replace(unet, name, layer)
     return parameters(unet)

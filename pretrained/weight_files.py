@@ -22,7 +22,8 @@ SINGLE = {
     BASES["sd15"]: "v1-5-pruned-emaonly.safetensors (4.3 GB)",
     BASES["sdxl"]: "sd_xl_base_1.0.safetensors (6.9 GB)",
 }
-CLASSES = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+CLASSES = {"unet": "UNet2DConditionModel", "tuned_unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+CLASSES |= {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 ADAPTER = "pytorch_lora_weights.safetensors"
 ADAPTERS = (ADAPTER, "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
 NAMES = {  # subfolders of a component; the authors publish `original_unet/` and `fine_tuned_unet/`
@@ -158,6 +159,13 @@ def read(place: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for path in weight_files(place) for key, tensor in read_file(path).items()}
 
 
+def class_of(config: dict) -> str | None:
+    """The class that a config.json of diffusers or transformers names."""
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return config.get("_class_name") or first
+
+
 def find_in_folder(folder: Path, component: str) -> Path | None:
     """The place of a component in a folder, or None. Raises FileNotFoundError if its `config.json` is missing."""
     for place in (folder / name for name in NAMES.get(component, (component,))):
@@ -166,9 +174,8 @@ def find_in_folder(folder: Path, component: str) -> Path | None:
         if place.is_dir():
             raise FileNotFoundError(f"{place}: no config.json; copy it from where the weights came from")
     if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        kind = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
-        return folder if kind == CLASSES.get(component, "UNet2DConditionModel") else None
+        kind = class_of(read_json(folder / "config.json"))
+        return folder if kind == CLASSES[component] else None
     files = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".ckpt"))
     if any(path.name.startswith(STEMS) for path in files):
         raise FileNotFoundError(f"{folder}: no config.json; copy it from where the weights came from")
@@ -258,6 +265,8 @@ def find_tokenizer(place: Path, name: str) -> Path:
     cached = [f / "tokenizer" for repo in (*SINGLE, *MOVED.values()) for f in snapshots(repo)]
     for folder in siblings + cached + snapshots("openai/clip-vit-large-patch14"):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return folder
+        if folder != place.parent and (folder / "tokenizer.json").is_file():  # all that transformers 5 writes
             return folder
     raise FileNotFoundError(
         f"{place}: no {name}/vocab.json next to it; put vocab.json and merges.txt of "

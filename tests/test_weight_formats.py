@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_adapter_files import CONFIGS, kohya_tensors, mini, pairs
 
+import vae as weights_vae
 import weights
-from pretrained import key_names
+from pretrained import key_names, weight_files
 
 SD = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -152,3 +153,103 @@ def fake_hub(monkeypatch, repository: Path) -> None:
 def test_a_downloaded_repository_is_checked_by_its_scheduler(tmp_path, monkeypatch):
     fake_hub(monkeypatch, pipeline(tmp_path / "repository", SD | {"prediction_type": "v_prediction"}))
     assert "prediction_type v_prediction" in message("some/model")
+
+
+# damaged values and configs
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinite_weights_are_refused_by_name(value, tmp_path):
+    tensors = load_file(pipeline(tmp_path / "model") / "unet" / WEIGHTS)
+    tensors["mid_block.attentions.0.proj_out.weight"][0, 0] = value
+    save_file(tensors, tmp_path / "model" / "unet" / WEIGHTS)
+    text = message(tmp_path / "model")
+    assert "unet: mid_block.attentions.0.proj_out.weight contains NaN or infinite values" in text
+    adapters = kohya_tensors(pairs(), 1.0)
+    adapters[next(key for key in adapters if "up" in key)][0, 0] = value
+    save_file(adapters, tmp_path / "adapter.safetensors")
+    base = pipeline(tmp_path / "base")
+    text = message(tmp_path / "adapter.safetensors", lambda source: weights.load_tuned(source, base))
+    assert "adapter.safetensors: the adapter of down_blocks" in text and "NaN" in text
+
+
+def write_vae(path: Path, config: dict | None) -> Path:
+    settings = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    with torch.device("meta"):
+        vae = weights_vae.VAE(weights_vae.VAEConfig.from_dict(settings))
+    path.parent.mkdir(parents=True)
+    save_file({key: torch.zeros(t.shape) for key, t in vae.state_dict().items()}, path)
+    if config is not None:
+        (path.parent / "config.json").write_text(json.dumps(settings | config))
+    return path
+
+
+def test_an_autoencoder_alone_has_the_scale_of_its_config_and_none_without(tmp_path):
+    config = {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}
+    path = write_vae(tmp_path / "a" / "sdxl_vae.safetensors", config)
+    assert weights.load_vae(path).config.scale == 0.13025
+    text = message(write_vae(tmp_path / "b" / "sdxl_vae.safetensors", None), weights.load_vae)
+    assert "does not say its scaling factor" in text and "config.json" in text
+    path = write_vae(tmp_path / "c" / "vae.safetensors", config | {"scaling_factor": None})
+    assert "config.json: scaling_factor None is not a positive number" in message(path, weights.load_vae)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"norm_eps": 0.1}, "norm_eps = 0.1"),
+        ({"flip_sin_to_cos": False}, "flip_sin_to_cos = False"),
+        ({"freq_shift": 1}, "freq_shift = 1"),
+        ({"center_input_sample": True}, "center_input_sample = True"),
+        ({"mid_block_scale_factor": 2.0}, "mid_block_scale_factor = 2.0"),
+        ({"timestep_post_act": "silu"}, "timestep_post_act = silu"),
+        ({"time_embedding_act_fn": "silu"}, "time_embedding_act_fn = silu"),
+        ({"act_fn": "gelu"}, "act_fn = gelu"),
+        ({"in_channels": 9}, "in_channels 9: an inpainting UNet"),
+        ({"_class_name": "UNet2DModel"}, "a config of UNet2DModel"),
+        ({"attention_head_dim": None}, "attention_head_dim None"),
+        ({"block_out_channels": None}, "block_out_channels is None"),
+        ({"block_out_channels": 8}, "block_out_channels is 8"),
+        ({"layers_per_block": [1, 2, 1]}, r"layers_per_block is [1, 2, 1]"),
+        ({"cross_attention_dim": {"a": 1}}, "cross_attention_dim is {'a': 1}"),
+        ({"transformer_layers_per_block": [[2], [1], 1]}, "transformer_layers_per_block [[2], [1], 1]"),
+        ({"down_block_types": "DownBlock2D"}, "down_block_types DownBlock2D"),
+        ({"norm_num_groups": "4"}, "norm_num_groups is '4'"),
+    ],
+)
+def test_settings_of_a_unet_that_are_not_built_or_damaged_are_refused(change, named, tmp_path):
+    text = message(pipeline(tmp_path / "model", **change))
+    assert "unet/config.json: " in text and named in text
+
+
+def test_settings_that_mean_the_same_and_missing_ones_are_accepted(tmp_path):
+    same = {"act_fn": "swish", "layers_per_block": [1, 1, 1], "cross_attention_dim": [48] * 3, "upcast_attention": True}
+    source = pipeline(tmp_path / "model", only_cross_attention=[False] * 3, **same)
+    config = json.loads((source / "unet" / "config.json").read_text())
+    (source / "unet" / "config.json").write_text("\ufeff" + json.dumps(config), encoding="utf-8")  # a byte order mark
+    assert weights.load_unet(source).config == mini().config
+    minimal = {
+        key: value for key, value in config.items() if key not in ("_class_name", "sample_size", "upcast_attention")
+    }
+    (source / "unet" / "config.json").write_text(json.dumps(minimal))
+    assert weights.load_unet(source).config.layers == 1
+
+
+def test_a_tokenizer_json_alone_is_the_repositorys_own_tokenizer(tmp_path):
+    from transformers import CLIPTokenizer
+
+    text, cache = tmp_path / "text_encoder", tmp_path / "cache" / "models--openai--clip-vit-large-patch14"
+    tiny = Path(weight_files.BASES["tiny"])
+    shutil.copytree(tiny / "tokenizer", cache / "snapshots" / "abc")
+    shutil.copytree(tiny / "text_encoder", text)
+    tokenizer = CLIPTokenizer.from_pretrained(tiny / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "tokenizer" / name).unlink(missing_ok=True)
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+    assert weight_files.find_tokenizer(text, "tokenizer") == tmp_path / "tokenizer"
+    (tmp_path / "tokenizer" / "tokenizer_config.json").unlink()
+    loaded = weights.load_text(tmp_path)
+    assert torch.equal(
+        loaded(["a red fox"], (64, 64))["context"], weights.load_text("tiny")(["a red fox"], (64, 64))["context"]
+    )
