@@ -71,6 +71,8 @@ OPEN_CLIP = [
     (r"final_layer_norm", "ln_final"),
 ]
 
+# tensors that some files contain and no network here uses: of training, of CLIP's other half
+UNUSED = re.compile(r"(loss|model_ema|vision_model)\.|visual_projection\.|text_projection|logit_scale")
 SIGNATURES = [  # a key that only this kind of file has
     (r"\.(hada|lokr|oft)_|\.lora_(A|B|down|up|mid)\.|[._]lora(_linear_layer|_layer)?\.(down|up)\.", "a LoRA adapter"),
     (r"^conditioner\.embedders\.0\.model\.", "the SDXL refiner, which is not supported"),
@@ -78,8 +80,8 @@ SIGNATURES = [  # a key that only this kind of file has
     (r"double_blocks\.|joint_blocks\.", "a Flux or SD3 file, which is not supported"),
     (r"^conditioner\.|^model\.diffusion_model\.label_emb\.", "an SDXL single file; --base sdxl"),
     (r"^model\.diffusion_model\.", "an SD1.5 single file; --base sd15"),
-    (r"^add_embedding\.|^label_emb\.", "an SDXL UNet; --base sdxl"),
-    (r"^time_embedding\.|^time_embed\.", "an SD1.5 UNet; --base sd15"),
+    (r"^(unet\.)?add_embedding\.|^(diffusion_model\.)?label_emb\.", "an SDXL UNet; --base sdxl"),
+    (r"^(unet\.)?time_embedding\.|^(diffusion_model\.)?time_embed\.", "an SD1.5 UNet; --base sd15"),
     (r"^(first_stage_model\.)?decoder\.", "an autoencoder"),
     (r"^text_projection", "the second text encoder of SDXL"),
     (r"embeddings\.token_embedding\.", "a CLIP text encoder"),
@@ -127,7 +129,7 @@ def unet_layouts(keys: Iterable[str], config: UNetConfig) -> list[Layout]:
     same = {key: key for key in keys}
     names = {key: unet_name(key, config) for key in same}
     ema = {key: name.replace(".", "") for key, name in names.items()}
-    return [("", same), (UNET_EMA, ema), (UNET, names), ("", names)]
+    return [("", same), (UNET_EMA, ema), (UNET, names), ("", names), ("diffusion_model.", names), ("unet.", same)]
 
 
 def vae_layouts(keys: Iterable[str], config: VAEConfig) -> list[Layout]:
@@ -135,7 +137,7 @@ def vae_layouts(keys: Iterable[str], config: VAEConfig) -> list[Layout]:
     same = {key: key for key in keys}
     old = {key: rename(key, OLD_ATTENTION) for key in same}
     names = {key: vae_name(key, len(config.channels)) for key in same}
-    return [("", same), ("", old), (VAE, names), ("", names)]
+    return [("", same), ("", old), (VAE, names), ("", names), ("vae.", same)]
 
 
 def text_layouts(keys: Iterable[str]) -> list[Layout]:
@@ -145,7 +147,7 @@ def text_layouts(keys: Iterable[str]) -> list[Layout]:
         open_clip = {key: rename(name, OPEN_CLIP) for key, name in bare.items()}
         return [("", {key: key for key in bare}), (CLIP_G, open_clip), ("", open_clip)]
     whole = {key: f"text_model.{name}" for key, name in bare.items()}
-    return [("", whole), ("", bare), (CLIP_L, whole), (CLIP_L, bare), (CLIP_L_SDXL, whole)]
+    return [("", whole), ("", bare), (CLIP_L, whole), (CLIP_L, bare), (CLIP_L_SDXL, whole), (CLIP_L_SDXL, bare)]
 
 
 def best_layout(names: Iterable[str], layouts: list[Layout]) -> Layout:

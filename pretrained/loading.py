@@ -87,7 +87,7 @@ def check_resolution(base: str | Path, pixels: int) -> None:
 # ----------------------------------------------------------------------------------------------------- tensors
 
 
-def check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+def check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path, component: str) -> None:
     """Raise ValueError that names the first missing, unexpected or misshaped keys and says what the file is."""
     wrong = [f"missing {key}" for key in expected if key not in tensors]
     wrong += [f"unexpected {key}" for key in tensors if key not in expected]
@@ -97,9 +97,12 @@ def check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Pa
         if key in tensors and tensors[key].shape != t.shape
     ]
     if wrong:
+        found = any(key in tensors for key in expected)
         kind = key_names.identify(weight_files.read(path) if path.exists() else tensors)
         if "LoRA" in kind:
             kind += "; name it with --checkpoint, and with --base the model that it adapts"
+        if not found:
+            raise ValueError(f"{path}: contains no {component}; the file looks like {kind}")
         raise ValueError(f"{path}: {len(wrong)} keys do not fit: {'; '.join(wrong[:3])}; the file looks like {kind}")
 
 
@@ -110,6 +113,7 @@ def read_renamed(expected: dict[str, Tensor], place: Path, layouts: list[key_nam
     module_names = {name: key for key, name in names.items()}
     own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     own = {module_names.get(name, name): t for name, t in own.items()}
+    own = {key: t for key, t in own.items() if key in expected or not key_names.UNUSED.match(key)}
     conv = [key for key, t in own.items() if key in expected and t.ndim == 4 and expected[key].ndim == 2]
     return own | {key: own[key].flatten(1) for key in conv}  # old VAEs store attention as 1x1 convolutions
 
@@ -146,7 +150,8 @@ def load_component(
 ) -> nn.Module:
     """Load a module on the meta device from a place, strictly. Raises ValueError as `check_keys` does."""
     expected = module.state_dict()
-    check_keys(expected, read_renamed(expected, place, layouts), place)
+    component = {UNet: "UNet", VAE: "autoencoder"}.get(type(module), "text encoder")
+    check_keys(expected, read_renamed(expected, place, layouts), place, component)
     try:
         tensors = convert_tensors(lambda: read_renamed(expected, place, layouts), device, dtype)
     except ValueError as error:

@@ -43,6 +43,10 @@ ENDINGS = (
 )
 
 
+SAFETENSORS = (".safetensors", ".sft")
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict")  # of training scripts, around the tensors
+
+
 class Inert:
     """Placeholder for a class that an official `.ckpt` names but no tensor needs: it does nothing."""
 
@@ -79,22 +83,17 @@ def pickle_error(error: Exception) -> str:
 def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     """Every tensor of one weight file, memory-mapped where the format allows.
 
-    `.ckpt`, `.pt`, `.pth` and `.bin` are read by torch's restricted unpickler, which builds only tensors and plain
-    containers; an outer `state_dict` is unwrapped. Raises FileNotFoundError, or ValueError if the file is damaged, is
-    a Git LFS pointer, or needs code to be executed.
+    Pickles (`.ckpt`, `.pt`, `.pth`, `.bin`) are read by torch's restricted unpickler, which builds only tensors and
+    plain containers; an outer `state_dict` or `model` is unwrapped. The content decides, not the suffix. Raises
+    FileNotFoundError, or ValueError if the file is damaged, is no weight file, or needs code to be executed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {'a folder; name a file in it' if path.is_dir() else 'no such file'}")
-    with path.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs.github.com"):
-            raise ValueError(
-                f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself"
-            )
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         try:
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return unwrap({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None
     try:
@@ -103,15 +102,49 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # noqa: BLE001 - whatever the unpickler raises, the file is refused
         reason = f"contains more than plain tensors or is damaged ({pickle_error(error)})"
         raise ValueError(f"{path}: refused, {reason}") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    while isinstance(state, dict) and (
+        inner := next((state[k] for k in WRAPPERS if isinstance(state.get(k), dict)), None)
+    ):
+        state = inner
     if not isinstance(state, dict):
         raise ValueError(f"{path}: contains a {type(state).__name__}, not a dictionary of tensors")
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return unwrap({key: value for key, value in state.items() if isinstance(value, torch.Tensor)})
+
+
+def unwrap(tensors: dict) -> dict:
+    """Remove the prefixes of torch.compile (`_orig_mod.`) and DistributedDataParallel (`module.`) from the names."""
+    if any("_orig_mod." in key for key in tensors):
+        tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
+    if tensors and all(key.startswith("module.") for key in tensors):
+        return unwrap({key.removeprefix("module."): value for key, value in tensors.items()})
+    return tensors
+
+
+def is_safetensors(path: Path) -> bool:
+    """True for a safetensors file, whatever its name. Raises ValueError for a Git LFS pointer, a web page or text."""
+    with path.open("rb") as file:
+        head = file.read(200)
+    if head.startswith(b"version https://git-lfs.github.com"):
+        raise ValueError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself")
+    start = head.lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise ValueError(
+            f"{path}: a web page, not weights; download the file itself (logged in, if the site asks for it)"
+        )
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 10**9:
+        return True
+    if head[:1] not in (b"", b"\x80") and head[:2] != b"PK" and all(32 <= c < 127 or c in b"\t\r\n" for c in head):
+        text = " ".join(head.decode().split())[:80]
+        raise ValueError(
+            f"{path}: text, not weights ({text!r}); download it again (logged in, if the site asks for it)"
+        )
+    pickled = head[:2] == b"PK" or head[:1] == b"\x80"
+    return path.suffix.lower() in SAFETENSORS and not pickled  # damaged, or a format that torch may know
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata in the header of a safetensors file; empty for other files."""
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         return {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -148,7 +181,7 @@ def names(place: Path) -> list[str]:
     for path in weight_files(place):
         try:
             with safe_open(path, framework="pt") as file:
-                found += file.keys()
+                found += unwrap(dict.fromkeys(file.keys()))
         except (SafetensorError, OSError):
             found += read_file(path)  # another format, or an error that this raises
     return found
@@ -176,7 +209,7 @@ def find_in_folder(folder: Path, component: str) -> Path | None:
     if (folder / "config.json").is_file():
         kind = class_of(read_json(folder / "config.json"))
         return folder if kind == CLASSES[component] else None
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".ckpt"))
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (*SAFETENSORS, ".ckpt"))
     if any(path.name.startswith(STEMS) for path in files):
         raise FileNotFoundError(f"{folder}: no config.json; copy it from where the weights came from")
     if len(files) > 1:
@@ -201,15 +234,34 @@ def download(repo: str, component: str) -> Path:
 
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
-    wanted = ("*.json", *(f"{stem}.safetensors" for stem in STEMS), "*-of-*.safetensors")
     folders = ("original_unet", "fine_tuned_unet", "unet") if component in NAMES else (f"{component}*",)
-    patterns = [f"{name}/{file}" for name in folders for file in wanted] + [*ADAPTERS, "adapter_config.json"]
+    weights = [  # full precision before half, safetensors before pickles
+        (*(f"{stem}.safetensors" for stem in STEMS), "*-of-*.safetensors"),
+        ("*.fp16.safetensors", "*.fp16-*.safetensors"),
+        (*(f"{stem}.bin" for stem in STEMS), "*-of-*.bin"),
+        ("*.fp16.bin",),
+    ]
+    patterns = [f"{name}/*.json" for name in folders] + [*ADAPTERS, "adapter_config.json"]
     patterns += ["scheduler/*.json", "model_index.json"]  # say what the UNet predicts
     patterns += ["tokenizer*/*"] * component.startswith("text")
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
+        for names in weights:
+            wanted = [f"{name}/{file}" for name in folders for file in names]
+            folder = Path(snapshot_download(repo, allow_patterns=patterns + wanted))
+            if is_complete(folder, component):
+                break
+        return folder
     except Exception as error:  # noqa: BLE001 - one of many network errors; the caller says what to do instead
         raise OSError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def is_complete(folder: Path, component: str) -> bool:
+    """True if a folder contains the weights of a component."""
+    try:
+        place = find_in_folder(folder, component)
+        return place is not None and bool(weight_files(place))
+    except FileNotFoundError:
+        return False
 
 
 def find_in_hub(source: str, component: str) -> Path:

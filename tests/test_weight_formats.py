@@ -253,3 +253,87 @@ def test_a_tokenizer_json_alone_is_the_repositorys_own_tokenizer(tmp_path):
     assert torch.equal(
         loaded(["a red fox"], (64, 64))["context"], weights.load_text("tiny")(["a red fox"], (64, 64))["context"]
     )
+
+
+# names, suffixes, wrappers and variants
+
+
+@pytest.mark.parametrize("ending", [".fp16.safetensors", ".bin", ".fp16.bin"])
+def test_a_hub_repository_with_only_half_precision_or_pickles_is_downloaded(ending, tmp_path, monkeypatch):
+    repository = pipeline(tmp_path / "repository", SD)
+    path = repository / "unet" / WEIGHTS
+    tensors = {key: t.half() if "fp16" in ending else t for key, t in load_file(path).items()}
+    path.unlink()
+    path = repository / "unet" / ("diffusion_pytorch_model" + ending)
+    save_file(tensors, path) if ending.endswith("safetensors") else torch.save(tensors, path)
+    fake_hub(monkeypatch, repository)
+    assert torch.equal(weights.load_unet("some/model").conv_in.weight, tensors["conv_in.weight"].float())
+
+
+@pytest.mark.parametrize("name", ["x.sft", "x.SAFETENSORS", "x.ckpt", "x.safetensors"])
+def test_a_file_is_read_by_its_content_whatever_its_suffix(name, tmp_path):
+    path = single(tmp_path / name)
+    assert torch.equal(weights.load_unet(path).conv_in.weight, mini().conv_in.weight)
+    assert torch.equal(weights.load_unet(tmp_path).conv_in.weight, mini().conv_in.weight)
+    torch.save({"state_dict": load_file(path)}, tmp_path / "y")
+    shutil.move(tmp_path / "y", path)  # a pickle named like this
+    assert weights.read_file(path).keys() == load_file(single(tmp_path / "z.safetensors")).keys()
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "unet."])
+def test_wrappers_of_training_scripts_are_removed(prefix, tmp_path):
+    path = pipeline(tmp_path / "model") / "unet" / WEIGHTS
+    tensors = {prefix + key: t for key, t in load_file(path).items()}
+    save_file(tensors, path)
+    assert torch.equal(weights.load_unet(tmp_path / "model").conv_in.weight, mini().conv_in.weight)
+    path.unlink()
+    torch.save({"model": tensors, "step": 3}, path.with_name("diffusion_pytorch_model.bin"))
+    assert torch.equal(weights.load_unet(tmp_path / "model").conv_in.weight, mini().conv_in.weight)
+
+
+def test_a_unet_with_comfyuis_prefix_is_read(tmp_path):
+    path = single(tmp_path / "x.safetensors", base="sdxl")
+    tensors = {key.removeprefix("model."): t for key, t in load_file(path).items()}
+    save_file(tensors, path, {"config": json.dumps({"unet": CONFIGS["sdxl"]})})
+    assert torch.equal(weights.load_unet(path).conv_in.weight, mini("sdxl").conv_in.weight)
+    assert key_names.identify(tensors) == "an SDXL UNet; --base sdxl"
+
+
+def test_training_tensors_of_an_autoencoder_file_are_left_out(tmp_path):
+    path = write_vae(tmp_path / "a" / "vae.safetensors", {"_class_name": "AutoencoderKL"})
+    extra = {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
+    save_file(load_file(path) | extra, path)
+    assert weights.load_vae(path)
+    save_file(load_file(path) | {"stranger": torch.zeros(1)}, path)
+    assert "1 keys do not fit: unexpected stranger" in message(path, weights.load_vae)
+
+
+@pytest.mark.parametrize("source", ["text_encoder", "text_encoder_2"])
+def test_components_that_a_file_lacks_are_named(source, tmp_path):
+    path = single(tmp_path / "x.safetensors")
+    assert "contains no autoencoder" in message(path, weights.load_vae)
+    assert "contains no text encoder" in message(path, lambda p: weights.load_clip(p, source, "cpu", torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"<!DOCTYPE html><html>Sign in</html>", "a web page, not weights"),
+        (b"Invalid username or password.", "text, not weights ('Invalid username or password.')"),
+        (b'{"error": "Access to model is restricted"}', "text, not weights"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+    ],
+)
+def test_what_a_site_sends_instead_of_a_file_is_named(content, named, tmp_path):
+    for name in ("x.safetensors", "x.ckpt"):
+        (tmp_path / name).write_bytes(content)
+        assert named in message(tmp_path / name, weights.read_file)
+
+
+def test_an_adapter_as_a_base_is_told_where_it_belongs_and_as_a_checkpoint_is_not(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(kohya_tensors(pairs(), 1.0), path)
+    assert "name it with --checkpoint" in message(path)
+    save_file(kohya_tensors(pairs(), 1.0) | {"stranger.lora_down.weight": torch.zeros(1)}, path)
+    base = pipeline(tmp_path / "base")
+    assert "--checkpoint" not in message(path, lambda source: weights.load_tuned(source, base))
