@@ -98,7 +98,11 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if path.suffix.lower() in SAFETENSORS:  # torch goes by the suffix of a path, not of an open file
+                with path.open("rb") as file:
+                    state = torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # noqa: BLE001 - whatever the unpickler raises, the file is refused
         reason = f"contains more than plain tensors or is damaged ({pickle_error(error)})"
         raise ValueError(f"{path}: refused, {reason}") from None

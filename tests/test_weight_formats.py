@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_adapter_files import CONFIGS, kohya_tensors, mini, pairs
 
-import vae as weights_vae
 import weights
 from pretrained import key_names, weight_files
+from pretrained.configs import vae_config
+from vae import VAE
 
 SD = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -176,7 +178,7 @@ def test_nan_and_infinite_weights_are_refused_by_name(value, tmp_path):
 def write_vae(path: Path, config: dict | None) -> Path:
     settings = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
     with torch.device("meta"):
-        vae = weights_vae.VAE(weights_vae.VAEConfig.from_dict(settings))
+        vae = VAE(vae_config(settings))
     path.parent.mkdir(parents=True)
     save_file({key: torch.zeros(t.shape) for key, t in vae.state_dict().items()}, path)
     if config is not None:
@@ -337,3 +339,15 @@ def test_an_adapter_as_a_base_is_told_where_it_belongs_and_as_a_checkpoint_is_no
     save_file(kohya_tensors(pairs(), 1.0) | {"stranger.lora_down.weight": torch.zeros(1)}, path)
     base = pipeline(tmp_path / "base")
     assert "--checkpoint" not in message(path, lambda source: weights.load_tuned(source, base))
+
+
+def test_every_row_of_the_manual_names_a_test():
+    """docs/weights.md: each row of what is read and what is refused names tests that exist."""
+    root = Path(__file__).parent.parent
+    tables = (root / "docs" / "weights.md").read_text(encoding="utf-8").partition("## What is read")[2]
+    rows = [line for line in tables.splitlines() if line.startswith("| ") and "held by" not in line]
+    tests = "".join(path.read_text(encoding="utf-8") for path in (root / "tests").glob("test_*.py"))
+    assert len(rows) > 20
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row.split("|")[-2])
+        assert names and all(f"def {name}(" in tests for name in names), row
