@@ -1,11 +1,11 @@
-"""What `torch.compile` would run on a GPU, told without one: kernels and bytes of ours beside diffusers.
+"""Count, without a GPU, the kernels that `torch.compile` would launch on one: ours and those of diffusers.
 
     pip install triton==3.7.1
     python benchmarks/launches.py
 
-Inductor writes its kernels for an H100 from tensors without data, and none is run: this counts launches, and the bytes
-that they read and write by their shapes, in three minutes. It knows of no time, nor of what a library does within.
-It leans on private names of torch 2.13, in a CPU build, and on g++.
+Inductor generates kernels for an H100 from tensors without data, and none is run. In three minutes this counts the
+launches and, from the tensors' shapes, the bytes that they read and write. It does not predict time, nor what happens
+inside a library call. It needs private names of torch 2.13, a CPU build of torch, and g++.
 """
 
 import os
@@ -20,10 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import pretended_gpu  # noqa: F401 - before torch, which then takes tensors on a GPU
+import pretended_gpu  # noqa: F401 - before torch, which then accepts tensors on a GPU
 
 # isort: split
-import bench
 import torch
 import torch._functorch.aot_autograd as aot
 import torch._inductor.config as inductor
@@ -42,6 +41,7 @@ from triton.backends.compiler import GPUTarget
 
 import unet as unets
 import vae as vaes
+from benchmarks.networks import FAST
 from pretrained.configs import unet_dict, vae_dict
 from speed.fused_upsample import fuse
 from training import cost
@@ -54,12 +54,12 @@ H100 |= {"total_memory": 80 * 2**30, "shared_memory_per_block_optin": 232448, "g
 
 
 def pretend() -> None:
-    """Have torch and triton say of a GPU what inductor asks."""
+    """Have torch and triton answer inductor's queries as on an H100."""
     properties, target = SimpleNamespace(**H100), GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
-    said = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": (9, 0)}
-    said |= {"get_device_properties": properties, "get_device_name": H100["name"], "is_bf16_supported": True}
-    for name, value in said.items():
+    answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": (9, 0)}
+    answers |= {"get_device_properties": properties, "get_device_name": H100["name"], "is_bf16_supported": True}
+    for name, value in answers.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     for owner in (CudaInterface, CudaInterface.Worker):
         owner.get_device_properties = staticmethod(lambda *_: properties)
@@ -67,24 +67,24 @@ def pretend() -> None:
     CudaInterface.is_available = staticmethod(lambda: True)
     CudaInterface.get_compute_capability = staticmethod(lambda *_: 90)
     CudaInterface.raise_if_triton_unavailable = staticmethod(lambda *_: None)
-    aot.preserve_rng_state = nullcontext  # there is no generator
+    aot.preserve_rng_state = nullcontext  # there is no CUDA generator
     F.scaled_dot_product_attention = attention
     torch._C._conv_determine_backend_memory_format = layout
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, **_) -> Tensor:
-    """What a GPU takes for attention in bf16; for the decoder's head of 512 numbers it would be another call."""
+    """The attention kernel of a GPU in bf16; for the decoder's head of width 512 it would be another one."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
 def layout(x: Tensor, weight: Tensor, _) -> torch.memory_format:
-    """What cuDNN convolves in: channels_last, if one of the two is in it."""
+    """The memory format in which cuDNN convolves: channels_last if the input or the weight has it."""
     last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
     return torch.channels_last if last else torch.contiguous_format
 
 
-def lowered(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, float]:
-    """Have inductor write the kernels of a graph, and count them."""
+def count_kernels(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, float]:
+    """Have inductor generate the kernels of a graph, and count them."""
     with V.set_fake_mode(torch._guards.detect_fake_mode(inputs)):
         _recursive_post_grad_passes(graph, is_inference=True)
         lowering = GraphLowering(graph, example_inputs=inputs, is_inference=True)
@@ -99,8 +99,8 @@ def lowered(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, floa
     return counts | {"own": len(re.findall(r"^\s+triton_\w+\.run\(", code, re.MULTILINE))}
 
 
-def counted(make: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor], last: bool) -> dict[str, float]:
-    """Kernels and bytes of a call of a network in bf16. `last`: its weights are in channels_last."""
+def count_launches(make: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor], last: bool) -> dict[str, float]:
+    """Kernels and bytes of one call of a network in bf16. `last`: its weights are in channels_last."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         network = make().requires_grad_(False)
         given = {}
@@ -110,7 +110,7 @@ def counted(make: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor], 
         found: dict[str, float] = {}
 
         def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-            found.update(lowered(graph, inputs))
+            found.update(count_kernels(graph, inputs))
             return aot.make_boxed_func(graph.forward)
 
         def whole(given: dict[str, Tensor]) -> Tensor:
@@ -149,18 +149,18 @@ def main() -> None:
     pretend()
     config = vae_dict(vaes.SD15)
     rows = {
-        "UNet, ours as it trains": (unets.UNet, predict, False, {}),
+        "UNet, ours in training": (unets.UNet, predict, False, {}),
         "UNet, ours": (lambda: fuse(unets.UNet()), predict, True, {}),
-        "UNet, diffusers": (their_unet, predict, True, bench.FAST),
-        "decoder, ours as it is": (vaes.VAE, decode, False, {}),
+        "UNet, diffusers": (their_unet, predict, True, FAST),
+        "decoder, ours not fused": (vaes.VAE, decode, False, {}),
         "decoder, ours": (lambda: fuse(vaes.VAE()), decode, True, {}),
-        "decoder, diffusers": (lambda: AutoencoderKL.from_config(config), decode, True, bench.FAST),
+        "decoder, diffusers": (lambda: AutoencoderKL.from_config(config), decode, True, FAST),
     }
-    print(f"SD1.5 at {8 * SIDE} pixels, batch {BATCH}, bf16, no gradients: launches, and GB that they read and write\n")
+    print(f"SD1.5 at {8 * SIDE} pixels, batch {BATCH}, bf16, no gradients: launches, and the GB they read and write\n")
     print("| | TFLOP | own kernels | GB | library calls | GB | launches | GB |\n|---|---|---|---|---|---|---|---|")
     for name, (make, call, last, flags) in rows.items():
         with inductor.patch(flags):
-            found = counted(make, call, last)
+            found = count_launches(make, call, last)
         own, library = (found["own"], found["own GB"]), (found["library"], found["library GB"])
         cells = (found["TFLOP"], *own, *library, own[0] + library[0], own[1] + library[1])
         print(f"| {name} | {' | '.join(f'{v:.2f}' if isinstance(v, float) else str(v) for v in cells)} |", flush=True)

@@ -1,0 +1,39 @@
+"""The flags of `bench.py` and `gpu.py`. Free of slow imports, so that `--help` answers at once."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from utils.cli import Parser, number, positive
+
+RESULTS = Path(__file__).parent / "results"
+WORK = ("unet-sd15", "unet-sdxl", "decode", "sample", "sample-guided", "refl", "imagerefl")
+SIZES = ("tiny", "cpu", "gpu")
+GROUPS = "abcdef"
+
+
+def bench_args(description: str, argv: list[str] | None = None) -> Namespace:
+    parser = Parser(description)
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--sizes", choices=SIZES, help="default: cpu or gpu, by the device; tiny is a rehearsal")
+    add("--work", nargs="+", choices=WORK, default=WORK, help="default: all")
+    add("--compile", action="store_true", help="also compiled sides, which take minutes to tune")
+    add("--channels-last", action="store_true", help="also our UNets in that memory format, in the JSON file only")
+    add("--threads", type=positive, help="default: all cores")
+    add("--repeats", type=positive, default=7, help="maximum number of turns (default: 7)")
+    add("--seconds", type=float, default=25, help="a row ends after this time and three turns (default: 25)")
+    add("--output", default=str(RESULTS / "latest"), help="path without suffix (default: benchmarks/results/latest)")
+    return parser.parse(argv)
+
+
+def gpu_args(description: str, argv: list[str] | None = None) -> Namespace:
+    parser = Parser(description)
+    add = parser.add_argument
+    add("--time-left", type=number(float, 1), default=480, metavar="S", help="seconds until it must end (default: 480)")
+    add("--dry-run", action="store_true", help="print the rows in their order with their predicted seconds, then exit")
+    add("--groups", default=GROUPS, help=f"which groups of rows to run, of {GROUPS} (default: all)")
+    add("--rows", nargs="+", help="run only these rows")
+    add("--device", default="cuda", help="default: cuda; cpu with --sizes tiny is a rehearsal")
+    add("--sizes", choices=("tiny", "gpu"), default="gpu", help="tiny is a rehearsal (default: gpu)")
+    add("--output", default=str(RESULTS / "gpu"), help="path without suffix (default: benchmarks/results/gpu)")
+    return parser.parse(argv)
