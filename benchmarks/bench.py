@@ -86,7 +86,9 @@ def sides_of(
     def side(f: Callable, network, owner=None) -> Side:
         return Side(lambda: f(network), lambda: tensors_of(owner or network))
 
-    sides = {"ours": side(ours, packed, pair[0]), "diffusers": side(theirs, pair[1], pair[0])}
+    sides = {"ours": side(ours, packed, pair[0])}
+    if pair[1] is not None:
+        sides["diffusers"] = side(theirs, pair[1], pair[0])
     if args.device == "cpu":
         sides["ours, not packed"] = side(ours, pair[0])
     if args.channels_last and method == "forward":
@@ -94,8 +96,10 @@ def sides_of(
     if args.compile:
         compiled = copy.deepcopy(pair[0])
         speed.for_sampling(compiled if method == "forward" else compiled.decoder, compiled=True)
-        best = networks.compile_diffusers(fresh()[1].to(sizes.dtype), method)
-        sides |= {"ours compiled": side(ours, compiled), "diffusers compiled": side(theirs, best)}
+        sides["ours compiled"] = side(ours, compiled)
+        if pair[1] is not None:
+            best = networks.compile_diffusers(fresh()[1].to(sizes.dtype), method, args.mode)
+            sides["diffusers compiled"] = side(theirs, best)
     return sides
 
 
@@ -133,10 +137,8 @@ def decode(args, sizes: Sizes) -> Row:
     return sides, difference, f"batch {sizes.batch}, {8 * sizes.side_decode} pixels, {name_of(sizes.dtype)}"
 
 
-def sample(args, sizes: Sizes, guidance: float) -> Row:
-    """Forty steps from noise to latents: ours as in `sample.py`, and diffusers' pipeline."""
-    import diffusers
-
+def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float | None, str]:
+    """Forty steps from noise to latents: ours as in `sample.py`, and diffusers' pipeline if it is installed."""
     config, scheduler = sizes.unet, Scheduler(40, eta=1.0)
     pair, vae = networks.unet_pair(config, args.device), networks.vae_pair(sizes.vae, args.device)[1]
     packed = speed.packed_copy(pair[0])
@@ -153,6 +155,8 @@ def sample(args, sizes: Sizes, guidance: float) -> Row:
         return denoise(scheduler, cfg(unet, c, c_empty, guidance), x_T, scheduler.steps, seeds(len(x_T)))
 
     def theirs(unet, x_T: Tensor, c: dict, c_empty: dict) -> Tensor:
+        import diffusers
+
         steps = diffusers.DDIMScheduler(**networks.SCHEDULE, set_alpha_to_one=True)
         parts = {"vae": vae, "text_encoder": None, "tokenizer": None, "unet": unet, "scheduler": steps}
         off = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -163,8 +167,9 @@ def sample(args, sizes: Sizes, guidance: float) -> Row:
             num_inference_steps=40, guidance_scale=guidance, eta=1.0, generator=seeds(len(x_T)), output_type="latent",
         ).images  # fmt: skip
 
-    once = inputs(1, torch.float32)
-    difference = networks.check_equal(ours(packed, *once), theirs(pair[1], *once), 1e-3)
+    once, difference = inputs(1, torch.float32), None
+    if pair[1] is not None:
+        difference = networks.check_equal(ours(packed, *once), theirs(pair[1], *once), 1e-3)
     batch = inputs(sizes.batch, sizes.dtype)
     sides = sides_of(
         args, sizes, pair, packed, lambda: networks.unet_pair(config, args.device),
@@ -182,9 +187,10 @@ def update(args, sizes: Sizes, method: str) -> Row:
     reward = task.load_reward()
     difference = updates.check_gradient(method, task, reward)
     updates.to_training_dtype(task, reward)
-    sides = {"ours": updates.our_side(method, task, reward), "diffusers": updates.diffusers_side(method, task, reward)}
+    sides = {"ours": updates.our_sides([method], task, reward)[method]}
+    sides["diffusers"] = updates.diffusers_side(method, task, reward)
     if args.compile and args.device != "cpu":
-        sides["ours compiled"] = updates.our_side(method, task, reward, compiled=True)
+        sides["ours compiled"] = updates.our_sides([method], task, reward, compiled=True)[method]
     batch = " x ".join(map(str, batch[: 1 + (batch[1] > 1)]))
     dtype = "bf16 autocast" if task.args().dtype == "bfloat16" else "float32"
     return sides, difference, f"batch {batch}, {task.pixels} pixels, {dtype}"
@@ -248,6 +254,7 @@ def main(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # the results are compared in float32
+    args.mode = "max-autotune"  # of diffusers' compiled side
     args.sizes = args.sizes or ("cpu" if args.device == "cpu" else "gpu")
     about, rows = machine(args.device), []
     for name in args.work:

@@ -1,7 +1,7 @@
 """One optimizer update of ReFL or ImageReFL: ours as `train.py` composes it, and one composed from diffusers."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +56,9 @@ class Task:
         return {"images": images.clamp(-1, 1), "c": c, "prompts": ["octopus"] * size}
 
     def load_reward(self) -> rewards.Reward:
-        return (
-            rewards.load("tiny", device=self.device)
-            if self.reward == "tiny"
-            else random_reward(self.reward, self.device)
-        )
+        if self.reward.startswith("tiny"):
+            return rewards.load(self.reward, device=self.device)
+        return random_reward(self.reward, self.device)
 
     def args(self, compiled: bool = False, dtype: str | None = None) -> Namespace:
         """The flags of `train.py` that its functions need here."""
@@ -157,9 +155,7 @@ def update_of(task: Task, loss_of: Callable[..., Tensor], optimizer, dtype: torc
     return update
 
 
-def our_models(
-    task: Task, args: Namespace, reward, prepare: Callable[[nn.Module], object] = lambda unet: None
-) -> Models:
+def our_models(task: Task, args: Namespace, reward, prepare: Callable[[nn.Module], object] | None = None) -> Models:
     """The networks of `train.py` with random weights. `prepare` may change the UNet before it is compiled."""
     speed, dtype = acceleration.speed(), frozen_dtype(args)
     unet, vae = unet_pair(task.unet, task.device, False)[0], vae_pair(task.vae, task.device, False)[0].to(dtype)
@@ -173,26 +169,36 @@ def our_models(
     def text(prompts: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
         return conditioning(task.unet, len(prompts), task.device, dtype)
 
-    prepare(unet)
+    if prepare:
+        prepare(unet)
     m = Models(unet, parameters, speed.fuse(vae), text, net=unet, reward=reward)
     if args.compile:
         compile_networks(args, m, speed)
     return m
 
 
-def our_side(method: str, task: Task, reward, compiled: bool = False, **more) -> Side:
-    """Our update: weights, optimizer, inference copy and precision are those of `train.py`. `more`: see our_models."""
+def our_sides(methods: Iterable[str], task: Task, reward, compiled: bool = False, prepare=None) -> dict[str, Side]:
+    """Our update by each method, on the same networks. Weights, optimizer and precision are those of `train.py`.
+
+    `prepare` may change the UNet before it is compiled, and the copy on which its steps without gradients run.
+    """
     args = task.args(compiled)
-    m = our_models(task, args, reward, **more)
+    m = our_models(task, args, reward, prepare)
     optimizer = torch.optim.AdamW(m.parameters, LR, eps=ADAM_EPS, fused=True)
     unet = accelerate(args, m, optimizer)
-
-    def loss_of(**batch) -> Tensor:
-        return our_loss(method, task, unet, m.vae, reward, **batch)
-
     kept = [m.unet, m.vae, optimizer]
-    kept += [unet.copy] if getattr(unet, "dtype", None) else []  # a packed copy shares the weights
-    return Side(update_of(task, loss_of, optimizer, frozen_dtype(args)), lambda: tensors_of(*kept))
+    if getattr(unet, "dtype", None):  # a copy with its own weights; a packed copy shares them
+        kept.append(unet.copy)
+        if prepare:
+            prepare(unet.copy)
+
+    def side(method: str) -> Side:
+        def loss_of(**batch) -> Tensor:
+            return our_loss(method, task, unet, m.vae, reward, **batch)
+
+        return Side(update_of(task, loss_of, optimizer, frozen_dtype(args)), lambda: tensors_of(*kept))
+
+    return {method: side(method) for method in methods}
 
 
 def diffusers_side(method: str, task: Task, reward) -> Side:

@@ -1,0 +1,148 @@
+"""The benchmarks run, and compare with diffusers before they measure; `gpu.py` keeps its order and its time limit."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, networks, options, updates
+from unet import UNetConfig
+from vae import VAEConfig
+
+ROOT = Path(__file__).parent.parent
+MINI = UNetConfig((16, 32), (1, 0), 1, 1, (2, 2), context=128, latent_channels=4, groups=4, sample_size=8)
+TASK = updates.Task(MINI, VAEConfig((4, 4, 4, 8), 1, 4, 1), 8, 1, 1, "cpu", "tiny")
+
+
+def command(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+
+
+def results(tmp_path: Path) -> gpu.Results:
+    return gpu.Results(str(tmp_path / "out"), {"device": "none"})
+
+
+def written(tmp_path: Path) -> dict[str, str]:
+    """Row -> status, from the file."""
+    return {row["row"]: row["status"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+
+
+@pytest.mark.parametrize("method", ["refl", "imagerefl"])
+def test_an_update_is_compared_with_diffusers_before_it_is_timed(method, monkeypatch):
+    reward = TASK.load_reward()
+    assert updates.check_gradient(method, TASK, reward) < 1e-4
+    monkeypatch.setattr(updates, "T_MAX", 3)  # diffusers' side then draws another t_f than ours
+    with pytest.raises(ValueError, match="ours and diffusers' differ by"):
+        updates.check_gradient(method, TASK, reward) if method == "refl" else wrong_weight(monkeypatch, reward)
+
+
+def wrong_weight(monkeypatch, reward) -> None:
+    loss = updates.our_loss
+    monkeypatch.setattr(updates, "our_loss", lambda *args, **given: 1.02 * loss(*args, **given))
+    updates.check_gradient("imagerefl", TASK, reward)
+
+
+def test_our_update_trains_the_weights():
+    side = updates.our_sides(["imagerefl"], TASK, TASK.load_reward())["imagerefl"]
+    before = [t.clone() for t in side.kept()]
+    side.run()
+    after = side.kept()
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=False))
+    assert len(after) > len(before)  # the optimizer's state
+
+
+def test_networks_without_diffusers(monkeypatch):
+    monkeypatch.setattr(networks, "has_diffusers", lambda: False)
+    ours, theirs = networks.unet_pair(MINI, "cpu")
+    assert theirs is None and not ours.training
+
+
+def test_a_dry_run_prints_every_row_in_order_and_writes_nothing(tmp_path):
+    done = command("benchmarks/gpu.py", "--dry-run", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert [line[0] for line in lines] == [row.name for row in gpu.ROWS]
+    assert [line[0][0] for line in lines] == sorted(line[0][0] for line in lines)  # (a) to (f)
+    seconds, ends = ([float(line[i]) for line in lines] for i in (1, 2))
+    assert min(seconds) > 0 and ends == sorted(ends) and ends[-1] == pytest.approx(sum(seconds), abs=len(lines))
+    assert next(end for line, end in zip(lines, ends, strict=True) if line[0] == "b-plan") <= 240  # (b) in 4 minutes
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_row_has_a_function():
+    from benchmarks import gpu_rows
+
+    assert list(gpu_rows.FUNCTIONS) == [row.name for row in gpu.ROWS]
+
+
+def test_rows_that_do_not_fit_are_skipped_and_shorter_ones_run(tmp_path):
+    rows = [gpu.Row("a-short", 1, 0, ""), gpu.Row("b-long", 100, 0, ""), gpu.Row("c-short", 1, 0, "")]
+    called = []
+    functions = {row.name: lambda row=row: called.append(row.name) or {} for row in rows}
+    monotonic = time.monotonic()
+    gpu.run_rows(rows, functions, results(tmp_path), monotonic + 20, lambda row: row.seconds)
+    assert called == ["a-short", "c-short"]
+    assert written(tmp_path)["b-long"].startswith("skipped: 100 s predicted")
+
+
+def test_a_row_that_runs_out_of_time_is_stopped_and_the_earlier_ones_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "RESERVE", 0.0)
+    rows = [gpu.Row(name, 0, 0, "") for name in ("a-done", "b-slow", "c-late")]
+    functions = {"a-done": lambda: {"x": 1}, "b-slow": lambda: time.sleep(60) or {}, "c-late": dict}
+    began = time.monotonic()
+    gpu.run_rows(rows, functions, results(tmp_path), began + 0.5, lambda _: 0.2)
+    assert time.monotonic() - began < 10
+    assert list(written(tmp_path).values())[:2] == ["ok", "stopped: out of time"]
+    assert written(tmp_path)["c-late"].startswith("skipped")
+    assert "| a-done |" in (tmp_path / "out.md").read_text()
+
+
+def test_errors_and_failed_checks_are_kept_and_the_next_row_runs(tmp_path, capsys):
+    rows = [gpu.Row(name, 0, 0, "") for name in ("a-error", "a-failed", "a-fine", "a-theirs")]
+    functions = {"a-error": lambda: 1 / 0, "a-failed": lambda: {"failed": ["x"]}, "a-fine": dict}
+    gpu.run_rows(rows, functions, results(tmp_path), time.monotonic() + 60)
+    status = ["ERROR", "FAILED", "ok", "skipped: diffusers is not installed"]
+    assert list(written(tmp_path).values()) == status
+    assert "ZeroDivisionError" in (tmp_path / "out.json").read_text()
+
+
+def test_a_difference_above_its_limit_is_a_failure():
+    from benchmarks import gpu_checks
+
+    values: dict = {}
+    gpu_checks.check(values, "fine", 1e-4, 1e-3)
+    assert "failed" not in values
+    gpu_checks.check(values, "wrong", 2e-3, 1e-3)
+    gpu_checks.check(values, "nan", float("nan"), 1e-3)
+    assert values["failed"] == ["wrong", "nan"]
+
+
+@pytest.mark.parametrize("flags", [["--rows", "z-none"], ["--groups", "q"]])
+def test_unknown_rows_are_refused(flags):
+    with pytest.raises(ValueError, match=flags[1]):
+        gpu.main(options.gpu_args("", [*flags, "--dry-run"]))
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_of_a_gpu_rehearsed_on_a_cpu(tmp_path):
+    flags = ["--device", "cpu", "--sizes", "tiny", "--time-left", 3000, "--output", tmp_path / "out"]
+    done = command("benchmarks/gpu.py", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert written(tmp_path) == {row.name: "ok" for row in gpu.ROWS}
+
+
+@pytest.mark.slow
+def test_the_benchmark_beside_diffusers_rehearsed(tmp_path):
+    flags = ["--sizes", "tiny", "--repeats", 1, "--seconds", 0.1, "--channels-last", "--output", tmp_path / "out"]
+    done = command("benchmarks/bench.py", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["work"] for row in rows] == list(options.WORK)
+    for row in rows:
+        assert row["difference"] < 1e-3 and row["tflop"] > 0 and {"ours", "diffusers"} <= row["sides"].keys()
+    assert "channels_last" in rows[0]["sides"] and "ours, not packed" in rows[0]["sides"]
+    assert (tmp_path / "out.md").read_text().count("\n|") == len(rows) + 2
