@@ -7,8 +7,8 @@
 (a) bf16 and compiled code against float32, and ours against diffusers; (b) updates of SD1.5 at 512 pixels, 8 images;
 (c) sampling; (d) 50 updates of the tiny base against a CPU, and resuming; (e) updates of SDXL at 512 pixels; (f)
 variants that might be faster. Every row is printed and written as soon as it is done. A row that is predicted to take
-longer than the time that is left is skipped, and one that runs out of time is stopped; a second call can run those, with
-`--groups f` or `--rows`. Weights are random and nothing is downloaded. Rows that need diffusers are skipped without it.
+longer than the time that is left is skipped, and one that runs out of time is stopped; a second call can run those
+with `--rows`. Weights are random and nothing is downloaded. Rows that need diffusers are skipped without it.
 """
 
 import json
@@ -104,7 +104,9 @@ class Results:
         self.path, self.about, self.rows = Path(output), about, []
 
     def add(self, row: Row, status: str, seconds: float, values: dict) -> None:
-        self.rows.append({"row": row.name, "status": status, "seconds": round(seconds, 1), "values": values})
+        self.rows.append(
+            {"row": row.name, "what": row.words, "status": status, "seconds": round(seconds, 1), "values": values}
+        )
         print(f"{row.name:20}{seconds:6.1f} s  {status}", flush=True)
         for key, value in values.items():
             print(f"    {key}: {value}", flush=True)
@@ -115,12 +117,11 @@ class Results:
 
         content = json.dumps({"machine": self.about, "rows": self.rows}, indent=1)
         disk.write_text(self.path.with_suffix(".json"), content + "\n")
-        words = {row.name: row.words for row in ROWS}
         lines = ["# On a GPU", "", f"{', '.join(f'{key} {value}' for key, value in self.about.items())}.", ""]
         lines += ["| row | what | status | s | results |", "|---|---|---|---|---|"]
         for row in self.rows:
             values = "; ".join(f"{key}: {value}" for key, value in row["values"].items()).replace("|", "/")
-            lines.append(f"| {row['row']} | {words[row['row']]} | {row['status']} | {row['seconds']} | {values} |")
+            lines.append(f"| {row['row']} | {row['what']} | {row['status']} | {row['seconds']} | {values} |")
         disk.write_text(self.path.with_suffix(".md"), "\n".join(lines) + "\n")
 
 
