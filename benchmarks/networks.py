@@ -121,9 +121,9 @@ def compile_diffusers(network: nn.Module, method: str = "forward", mode: str | N
     return network
 
 
-def random_reward(name: str, device: str) -> rewards.Reward:
-    """The reward `name` in its published sizes with random weights, which scores for one fixed prompt."""
-    network = reward_networks.build_meta(name)
+def random_reward(name: str, device: str, folder=None) -> rewards.Reward:
+    """The reward `name` with random weights, which scores for one fixed prompt. `folder`: see `build_meta`."""
+    network = reward_networks.build_meta(name, folder)
     reward_networks.load_strict(network, random_weights(network.state_dict(), "cpu"), "random weights")
     text = [t.to(device) for t in cost.text_features(network, 1)]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_rewards import NAMES, folders  # noqa: F401
 
 from benchmarks import gpu, networks, options, updates
 from unet import UNetConfig
@@ -48,6 +49,14 @@ def test_our_update_trains_the_weights():
     after = side.kept()
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=False))
     assert len(after) > len(before)  # the optimizer's state
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_reward_with_random_weights_has_a_gradient(name, folders):  # noqa: F811
+    reward = networks.random_reward(name, "cpu", folders[name])
+    images = TASK.batch_of(2)["images"].requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, ["octopus"] * 2).sum(), images)
+    assert gradient.isfinite().all() and gradient.abs().sum((1, 2, 3)).min() > 0
 
 
 def test_networks_without_diffusers(monkeypatch):
