@@ -1,7 +1,8 @@
 """ImageReFL (Section 4.3 of the paper): reward fine-tuning that starts from real images, which preserves diversity.
 
-A real image noised to t' is denoised without gradients to a step t_f, then takes one step with gradients, as in ReFL; a
-diffusion loss on the same noised image regularises the model. Every fourth update is a ReFL update.
+A real image noised to t' is denoised without gradients to a step t_f, drawn from t' to the last step; from there x0 is
+predicted with gradients, as in ReFL. A diffusion loss on the same noised image regularises, and so does every fourth
+update, a ReFL update.
 """
 
 import torch
@@ -36,9 +37,10 @@ def imagerefl_losses(
     eps_theta = unet(x_t_prime, t, **c)
     l_diffusion = diffusion_loss(eps_theta, eps).mean()  # Eq. (5)
 
-    t_f, x_t = sample_t_f(t_prime, scheduler, generator), x_t_prime
+    t_f = sample_t_f(t_prime, scheduler, generator)
+    x_t = x_t_prime
     if t_f > t_prime:
-        with torch.no_grad():  # from t' to t_f; the first step reuses the prediction of the diffusion loss
+        with torch.no_grad():  # the step at t' reuses eps_theta, so the UNet is not called again for it
             x_t = scheduler.step(t_prime, x_t_prime, eps_theta.to(x_t_prime.dtype), generator)
             x_t = denoise(scheduler, conditional(unet, c), x_t, scheduler.steps[t_prime + 1 : t_f], generator)
     l_reward = reward_loss(unet, vae, reward, scheduler, x_t, t_f, c, prompts, generator, max_shift)  # Eq. (4)

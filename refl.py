@@ -1,7 +1,7 @@
 """ReFL, reward feedback learning (Section 3.2 of the paper): backpropagate a reward through one late denoising step.
 
-From noise x_T, denoise without gradients to a step t_f drawn from the last ten, take that step with gradients, decode
-the predicted x0, and maximise its reward. B batch, C channels, H, W sides.
+From noise x_T, denoise without gradients to a step t_f drawn from the last ten, predict x0 from there in one call with
+gradients, decode it, and maximise its reward. B batch, C channels, H, W sides.
 """
 
 import torch
@@ -11,18 +11,18 @@ from torch import Tensor
 from combined import conditional
 from scheduler import Scheduler, denoise
 
-T_MAX = 10  # t_f is one of the last ten steps: [T_min, T_max] = [0, 10] in the paper's countdown
+T_MAX = 10  # t_f is one of the last ten steps, 10..1 in the countdown; the paper writes [T_min, T_max] = [0, 10]
 
 
 def sample_t_f(first: int, scheduler: Scheduler, generator: torch.Generator) -> int:
-    """Step index of t_f, uniform over first, ..., T - 1."""
+    """Step index of t_f, uniform from step index `first` to the last one."""
     return int(torch.randint(first, len(scheduler.steps), (), generator=generator))
 
 
 def random_shift(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
-    """Shift each of the images (B, 3, H, W) right and down by 0..max_shift pixels, repeating the edges.
+    """Shift each of the images (B, 3, H, W in pixels) right and down by 0..max_shift pixels, repeating the edges.
 
-    Random shifts keep the UNet from exploiting the reward's fixed patch grid.
+    Random shifts keep the UNet from exploiting the reward's fixed patch grid. Not in the paper; off for SD1.5 and SDXL.
     """
     shifts = torch.randint(max_shift + 1, (len(images), 2), generator=generator).tolist()
     H, W = images.shape[-2:]

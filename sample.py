@@ -105,8 +105,8 @@ def resolve(args: Namespace) -> list[float]:
     if args.prompt and args.prompts:
         raise ValueError("--prompt and --prompts: give one of the two")
     check_unicode(args.prompt or [], "--prompt")
-    cli.check_writable(Path(args.output_dir))
     args.prompts = args.prompt or (read_prompts(args.prompts) if args.prompts else list(preset.prompts))
+    args.output_dir = output_folder(args)
     Scheduler(args.steps, args.eta)  # checks both
     if args.aig is not None:
         return aig_weights(args.steps, args.aig)
@@ -114,6 +114,22 @@ def resolve(args: Namespace) -> list[float]:
         return combined_weights(args.steps, args.switch)
     except ValueError as error:
         raise ValueError(f"--switch {args.switch}: {error}") from None
+
+
+def output_folder(args: Namespace) -> str:
+    """`--output-dir`, by default the first of samples, samples-2, ... without images.
+
+    Raises ValueError if it holds images of an earlier call that this one would not replace.
+    """
+    names = [args.output_dir] if args.output_dir else ["samples", *(f"samples-{i}" for i in range(2, 10_000))]
+    name = next((name for name in names if not (Path(name) / "grid.png").exists()), names[0])
+    cli.check_writable(Path(name))
+    n = args.images_per_prompt
+    ours = {f"{i:05d}-{args.seed + k}.png" for i in range(len(args.prompts)) for k in range(n)}
+    left = sorted({path.name for path in Path(name).glob("[0-9]*-*.png")} - ours)
+    if left:
+        raise ValueError(f"--output-dir {name}: holds images of an earlier call, as {left[0]}; name another folder")
+    return name
 
 
 def parameters_line(prompt: str, seed: int, args: Namespace) -> str:

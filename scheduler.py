@@ -2,8 +2,12 @@
 
 One denoising step is x_{t-1} = a_t x_t + b_t eps_theta(x_t, t, c) + c_t eps_hat, with fresh noise eps_hat ~ N(0, I).
 The coefficients are those of DDIM with eta in [0, 1]; eta = 1 is strided DDPM, which the official code uses. Timesteps
-have "leading" spacing with offset 1 (40 steps: 976, 951, ..., 26, 1), as for SD1.5 and SDXL. Step index i counts from
-the noise: i = 0 is t = 976, and the last step returns the predicted x0. B batch, C channels, H, W sides of the latents.
+have "leading" spacing with offset 1, as for SD1.5 and SDXL. B batch, C channels, H, W sides of the latents.
+
+Three ways to count 40 steps, from noise to image:
+    step index i (t_f, t_prime and all slices)      0    1  ...   30  ...  39, whose step returns the predicted x0
+    countdown 40 - i (T' in Eq. 3)                 40   39  ...   10  ...   1
+    timestep t of the network, 976 - 25 i         976  951  ...  226  ...   1
 """
 
 from collections.abc import Callable, Iterable
@@ -65,7 +69,10 @@ class Scheduler:
 
 
 def diffusion_loss(eps_theta: Tensor, eps: Tensor) -> Tensor:
-    """Mean squared error between predicted and true noise, both (B, C, H, W), per image: (B,)."""
+    """Squared error between predicted and true noise, both (B, C, H, W), per image: (B,).
+
+    A mean over C, H, W, as in the official code, where the paper writes a squared norm.
+    """
     return F.mse_loss(eps_theta.float(), eps.float(), reduction="none").mean((1, 2, 3))  # Eq. (1)
 
 

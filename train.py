@@ -19,7 +19,7 @@ from refl import refl_loss
 from scheduler import Scheduler, sample_noise
 from training import cost, monitor
 from training.models import accelerate
-from training.run import start
+from training.run import open_run
 
 ADAM_EPS = 1e-15  # the loss is scaled by 1e-3 and less, so Adam's usual 1e-8 would shrink the updates
 
@@ -29,12 +29,12 @@ def main(args) -> None:
         return cost.print_plan(args)
     scheduler = Scheduler(STEPS, eta=1.0)
     k_R, k_D = args.reward_scale, args.diffusion_scale
-    with start(args) as run:
+    with open_run(args) as run:
         m = run.models
         vae, text, reward = m.vae, m.text, m.reward
         optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
         run.restore(optimizer)
-        unet = accelerate(args, m, optimizer)  # the same numbers, faster
+        unet = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
 
         for update in run.updates(optimizer):
             is_refl = args.method == "refl" or update % REFL_EVERY == REFL_EVERY - 1  # 3 : 1
@@ -53,13 +53,13 @@ def main(args) -> None:
                         loss = k_R * l_reward + k_D * l_diffusion
                         run.log(reward=-l_reward, diffusion=l_diffusion)
                 (loss / args.accumulate).backward()
-            if run.gradients_are_finite():
+            if run.gradients_are_finite():  # after all-reduce and clipping
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         if run.save_result(unet):
             base_steps = run.preset.switch[args.method]
-            rows = {"base": STEPS, "tuned": 0, f"--switch {base_steps}": base_steps}
+            rows = {"base": STEPS, "tuned": 0, f"--switch {base_steps}": base_steps}  # name -> steps of the base model
             table = monitor.summarise(monitor.evaluate(run, list(rows.values())), list(rows))
             run.finish(table, f"python sample.py --checkpoint {run.folder} --switch {base_steps}")
 

@@ -34,7 +34,12 @@ def evaluate_args(argv: list[str] | None = None, description: str | None = None)
     add("--prompts", help="text file, HPDv2 test.json or benchmark file, COCO captions (default: the base's own)")
     add("--limit", type=positive, help="use only the first N distinct prompts")
     add("--images-per-prompt", type=positive, default=5, help="default: 5")
-    add("--seed", type=number(int, 0), default=1, help="seed of each prompt's first image, counted up (default: 1)")
+    add(
+        "--seed",
+        type=number(int, 0, 2**62),
+        default=1,
+        help="seed of each prompt's first image, then +1 (default: 1)",
+    )
 
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=positive, default=40, help="denoising steps (default: 40)")

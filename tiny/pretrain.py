@@ -61,7 +61,7 @@ from pretrained import lora
 from pretrained.configs import unet_config
 from scheduler import TRAIN_STEPS, Scheduler, diffusion_loss, sample_noise
 from training.models import Models, generator_of, load_frozen
-from training.run import Run, start
+from training.run import Run, open_run
 from unet import UNet
 from utils.device import autocast, frozen_dtype, to_device
 from weights import load_unet, read_config
@@ -164,7 +164,7 @@ def cached_batch(run: Run, cache: tuple[Tensor, list[str]]):
 
 def main(args: Namespace) -> None:
     scheduler = Scheduler(options.STEPS)
-    with start(args, load_models, resolve) as training_run:
+    with open_run(args, load_models, resolve) as training_run:
         m = training_run.models
         training_run.grid_columns = GUIDED
         optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=1e-15, weight_decay=args.weight_decay, fused=True)

@@ -7,28 +7,37 @@ from training import presets
 from utils.cli import Parser, number, positive
 
 STEPS = 40  # sampling steps T in training, with eta = 1
+DESCRIPTION = """\
+Train with ReFL (Eq. 2) or ImageReFL (Eqs. 4 and 5; every fourth update is a ReFL update).
+
+    python train.py --method imagerefl --base tiny
+
+fine-tunes the tiny Stable Diffusion that comes with the code, on two CPU cores in minutes; the paper's run is
+`--base sd15 --data COCO_CAPTIONS.json`. `torchrun --nproc-per-node N train.py ...` spreads it over N GPUs. The run's
+folder holds the tuned UNet, log.jsonl, grids of sample images, and the checkpoints that --resume needs.
+"""
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The parsed flags; `args.given` holds those on the command line."""
-    parser = Parser(
-        "Train with ReFL (Eq. 2) or ImageReFL (Eqs. 4 and 5; every fourth update is a ReFL update).\n\n"
-        "    python train.py --method imagerefl --base tiny\n\n"
-        "fine-tunes the embedded tiny Stable Diffusion on two CPU cores in minutes; `--base sd15 --data FOLDER` is\n"
-        "the paper's run. `torchrun --nproc-per-node N train.py ...` spreads it over N GPUs. The run's folder holds\n"
-        "the tuned UNet, log.jsonl, grids of sample images, and the checkpoints that --resume needs."
-    )
+    parser = Parser(DESCRIPTION)
     add_method(parser)
     add = parser.add_argument_group("memory and speed").add_argument
     add(
-        "--checkpointing", nargs="?", const="unet,decoder", choices=("unet", "decoder", "unet,decoder"),
-        help="recompute activations in the backward pass to save memory (no value: both)",
+        "--checkpointing", nargs="?", metavar="PARTS", const="unet,decoder",
+        choices=("unet", "decoder", "unet,decoder"),
+        help="recompute activations in the backward pass to save memory: unet, decoder or unet,decoder (default: both)",
     )  # fmt: skip
     add("--text-on-cpu", action="store_true", help="keep the text encoders on the CPU, which frees GPU memory")
     add("--shard", action="store_true", help="under torchrun: shard weights, gradients and optimizer state (FSDP)")
     add("--compile", action="store_true", help="torch.compile the networks; refused where it changes gradients")
     add("--plan", action="store_true", help="print FLOPs, memory and settings that fit a GPU, then exit")
-    add("--gpu-memory", type=number(float, 1), metavar="GB", help="with --plan: the GPU's (default: 16, 24, 40 and 80)")
+    add(
+        "--gpu-memory",
+        type=number(float, 1),
+        metavar="GB",
+        help="with --plan: memory of the GPU (default: 16, 24, 40 and 80)",
+    )
     add_device(add)
     add = parser.add_argument_group("monitoring").add_argument
     add("--judge", help="held-out reward, measured but not trained on (default for tiny: tiny2)")
@@ -56,9 +65,15 @@ def add_method(parser: Parser) -> None:
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=presets.METHODS, default="imagerefl", help="default: imagerefl")
     add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
-    add("--reward", help='reward to maximise, e.g. hpsv2.1 or "hpsv2.1=1,pickscore=0.5" (default: tiny, or hpsv2.1)')
+    add(
+        "--reward",
+        help='reward to maximise, e.g. hpsv2.1 or "hpsv2.1=1,pickscore=0.5" (default: hpsv2.1; tiny for --base tiny)',
+    )
     add("--reward-weights", help="files or folders of the rewards, in their order, separated by commas")
-    add("--data", help="folder or table of captioned images, or COCO captions_*.json; for refl also a prompt file")
+    add(
+        "--data",
+        help="folder or table of captioned images, or COCO captions_*.json; prompts for refl (default for tiny: emoji)",
+    )
     add_data(add)
     add(
         "--reward-scale", type=number(float, 0), default=1e-3, metavar="K_R",
@@ -75,7 +90,7 @@ def add_method(parser: Parser) -> None:
     )  # fmt: skip
     add("--resolution", type=positive, help="image side in pixels (default: 512, tiny 64)")
     add("--lora", type=positive, metavar="RANK", help="train low-rank adapters instead of the whole UNet")
-    add_optimizer(parser, "of ImageReFL 150, of ReFL 75 for tiny; else the paper's")
+    add_optimizer(parser, "4000, ReFL 2000; tiny: 150, ReFL 75")
 
 
 def add_optimizer(parser: Parser, steps: str) -> None:
@@ -91,20 +106,30 @@ def add_optimizer(parser: Parser, steps: str) -> None:
         help="cosine decays to 0 (default: constant)",
     )
     add("--warmup", type=number(int, 0), default=0, help="updates of linear learning rate warm-up (default: 0)")
-    add("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW (default: 0.01)")
+    add("--weight-decay", type=number(float, 0), default=0.01, help="weight decay of AdamW (default: 0.01)")
     add("--max-grad-norm", type=number(float, 0), help="clip the gradient norm (default: off, as in the official runs)")
-    add("--seed", type=number(int, 0), default=1, help="default: 1")
+    add("--seed", type=number(int, 0, 2**62), default=1, help="default: 1")
 
 
 def add_device(add) -> None:
     add("--device", help="default: cuda if available, else cpu")
-    add("--dtype", choices=("bfloat16", "float32"), help="of autocast (default: bfloat16 where the hardware has it)")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="dtype of autocast (default: bfloat16 where the hardware has it)",
+    )
 
 
 def add_saving(parser: Parser) -> None:
     add = parser.add_argument_group("sampling and saving").add_argument
     add("--prompts", help="prompt file for the sample grids and the final table (default: the base's own)")
-    add("--sample-every", type=number(int, 0), default=50, metavar="N", help="updates between sample grids; 0: none")
+    add(
+        "--sample-every",
+        type=number(int, 0),
+        default=50,
+        metavar="N",
+        help="updates between sample grids; 0: none (default: 50)",
+    )
     add("--save-every", type=positive, default=200, metavar="N", help="updates between checkpoints (default: 200)")
     add("--save-minutes", type=number(float, 0), metavar="M", help="also save a checkpoint after M minutes")
     add("--keep", type=positive, default=2, metavar="N", help="checkpoints to keep (default: 2)")

@@ -1,6 +1,6 @@
 """What surrounds the training loop: data, folder, log, checkpoints, monitoring, signals, several processes.
 
-`start` opens a run; `Run.updates` and `Run.micro_batches` are what the loop iterates over.
+`open_run` opens a run; `Run.updates` and `Run.micro_batches` are what the loop iterates over.
 """
 
 import math
@@ -21,27 +21,26 @@ from training.data import DataStream, PromptDataset, describe, open_data, read_p
 from training.models import Models, generator_of, load_models
 from training.options import STEPS, resolve
 from utils import cli, device, distributed
-from utils.disk import lock
 from weights import check_resolution, read_config
 
 SKIPS = 10  # updates in a row without a finite loss and gradient after which a run stops
 
 
 @contextmanager
-def start(args: Namespace, load: Callable = load_models, resolve: Callable = resolve) -> Iterator["Run"]:
+def open_run(args: Namespace, load: Callable = load_models, resolve: Callable = resolve) -> Iterator["Run"]:
     """Open the run that the flags describe; on --resume with the flags it was started with.
 
     Raises ValueError or OSError for bad input, before anything is written, and with advice when memory runs out.
     """
-    folder = run_folder.resume(args) if args.resume else None
+    if args.resume:
+        run_folder.resume(args)
     preset = presets.preset_for(args.base, read_config(args.base, "unet"))
     distributed.set_device()
     resolve(args, preset)
     check_resolution(args.base, args.resolution)
     main = distributed.is_main_process()
     if main and not args.resume:
-        folder = run_folder.new_folder(args)
-        cli.check_writable(folder)
+        cli.check_writable(run_folder.new_folder(args))
     prompts = read_prompts(args.prompts) if args.prompts else list(preset.prompts)
     if args.monitor and len(prompts) < 2:
         raise ValueError("--monitor needs several prompts for its standard errors: --prompts must name two or more")
@@ -49,9 +48,7 @@ def start(args: Namespace, load: Callable = load_models, resolve: Callable = res
     try:
         with distributed.process_group(args.device):
             models = load(args, preset)
-            with lock(folder) if main else nullcontext():
-                if main and not args.resume and run_folder.new_folder(args) != folder:
-                    raise ValueError(f"{folder}: another process has started a run there meanwhile; start again")
+            with run_folder.claim(args) if main else nullcontext() as folder:
                 yield Run(args, models, preset, prompts, data, folder)
     except (RuntimeError, MemoryError) as error:
         if not device.is_out_of_memory(error):
@@ -138,7 +135,10 @@ class Run:
         return "\n".join([*lines, f"results:         {self.folder}"])
 
     def micro_batches(self, update: int) -> Iterator[tuple[Tensor | None, list[str], torch.Generator]]:
-        """This process's micro-batches: scaled latents x0 of real images (None for ReFL), prompts, generator."""
+        """This process's micro-batches: scaled latents x0 of real images, prompts, generator.
+
+        x0 is None with --method refl; the ReFL updates of ImageReFL do not use it.
+        """
         for number in distributed.micro_batches_of_this_rank(self.args.accumulate):
             generator = generator_of(self.args.seed, update, number)
             self.stream.position = self.progress["position"] + number * self.args.batch_size

@@ -4,6 +4,8 @@ import json
 import math
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,14 +19,41 @@ from weights import save_unet
 RESUMABLE_FLAGS = {"resume", "override", "shard", "sample_every", "monitor", "save_every", "save_minutes", "keep"}
 
 
-def new_folder(args: Namespace) -> Path:
-    """The folder of a new run, never one that already holds a run."""
+def candidates(args: Namespace) -> list[Path]:
+    """Where a new run may go: `--output-dir`, or by default the first free one of numbered folders."""
     name = f"runs/{args.method}-{Path(args.base).name}"
-    folders = [args.output_dir] if args.output_dir else [name, *(f"{name}-{i}" for i in range(2, 10_000))]
-    for folder in map(Path, folders):
+    names = [args.output_dir] if args.output_dir else [name, *(f"{name}-{i}" for i in range(2, 10_000))]
+    return [Path(name) for name in names]
+
+
+def new_folder(args: Namespace) -> Path:
+    """The first candidate without a run. Raises ValueError if there is none."""
+    for folder in candidates(args):
         if not (folder / "run.json").exists():
             return folder
     raise ValueError(f"--output-dir {args.output_dir}: already holds a run; --resume it or name another folder")
+
+
+@contextmanager
+def claim(args: Namespace) -> Iterator[Path]:
+    """Hold the folder of the run: of a new one the first that neither has a run nor is held by another process.
+
+    Raises ValueError if another process holds the folder that was named.
+    """
+    for folder in [Path(args.resume)] if args.resume else candidates(args):
+        if not args.resume and (folder / "run.json").exists():
+            continue
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(disk.lock(folder))
+            except ValueError:
+                if args.resume or args.output_dir:
+                    raise
+                continue
+            if args.resume or not (folder / "run.json").exists():  # which another process may just have written
+                yield folder
+                return
+    raise ValueError(f"{new_folder(args)}: another process has started a run there meanwhile; start again")
 
 
 def resume(args: Namespace) -> Path:

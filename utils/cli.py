@@ -28,7 +28,14 @@ class Parser(argparse.ArgumentParser):
 
     def with_dashes(self, argv: list[str] | None) -> list[str]:
         argv = sys.argv[1:] if argv is None else argv
-        return [a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]) :] if a[:2] == "--" else a for a in argv]
+        return [self.with_dash(a) if a[:2] == "--" else a for a in argv]
+
+    def with_dash(self, argument: str) -> str:
+        """`--output_dir=~/a` -> `--output-dir=/home/me/a`: shells leave a `~` after `=` alone."""
+        flag, equals, value = argument.partition("=")
+        if value.startswith("~") and flag != "--prompt":
+            value = ",".join(os.path.expanduser(path) for path in value.split(","))
+        return flag.replace("_", "-") + equals + value
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -60,18 +67,58 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(f"{existing}: no write permission; name another folder than {folder}")
 
 
+class LossyStream:
+    """A text stream that never raises: what cannot be written, as the reader or terminal is gone, is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # for consoles in ASCII or cp1252
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action: Callable, *arguments) -> None:
+        try:
+            action(*arguments)
+        except (OSError, ValueError):
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # so that what is buffered goes away
+            except (OSError, ValueError):
+                pass  # not a file
+
+
+def ignore_lost_output() -> None:
+    """From now on a closed pipe or terminal does not end the program."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, LossyStream):
+            setattr(sys, name, LossyStream(stream))
+
+
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Yields a list to which the first SIGINT or SIGTERM is appended; a second one ends the program."""
+    """Yields a list to which the first SIGINT, SIGTERM or SIGHUP is appended; a second one ends the program."""
     received = []
 
     def handle(number: int, frame) -> None:
         if received:
             sys.exit(128 + number)
         received.append(number)
-        os.write(2, b"\nfinishing this update, then saving; press again to stop at once\n")  # print is not reentrant
+        try:  # print is not reentrant
+            os.write(2, b"\nfinishing this update, then saving; press again to stop at once\n")
+        except OSError:
+            pass  # the terminal is gone
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     finally:
@@ -81,6 +128,7 @@ def catch_signals() -> Iterator[list[int]]:
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Call `main(args)`; report errors that the user can fix in one line, with exit code 2."""
+    ignore_lost_output()
     name = sys.argv[0].rsplit("/", 1)[-1]
     try:
         main(args)

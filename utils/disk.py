@@ -25,13 +25,22 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # so that the new name, too, outlives a power cut
-        os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), error.filename or str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, on file systems that can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network and FUSE file systems refuse; the file itself is synced
+    finally:
+        os.close(descriptor)
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -52,13 +61,13 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file."""
     with replacing(Path(path)) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def append(path: Path, line: str) -> None:
     """Append a line to a file. Raises OSError that names the file, also where the disk is full."""
     try:
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None

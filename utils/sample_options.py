@@ -17,18 +17,27 @@ one PNG per image, with its settings as metadata, and a labelled grid.
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = Parser(DESCRIPTION)
     add = parser.add_argument_group("what to sample").add_argument
-    add("--prompt", action="append", help="a prompt; may be given several times")
+    add("--prompt", action="append", help="a prompt; may be given several times (default: prompts of the base)")
     add("--prompts", help="prompt file: one per line, or a JSON list")
     add("--checkpoint", help="tuned model: a run's folder, a UNet's folder, an adapter's file, or a hub id")
     add("--base", help="tiny, sd15, sdxl, or a folder, file or hub id (default: the checkpoint's base, else tiny)")
-    add("--seed", type=number(int, 0, 2**62), default=1, help="of each prompt's first image, then +1 (default: 1)")
+    add(
+        "--seed",
+        type=number(int, 0, 2**62),
+        default=1,
+        help="seed of each prompt's first image; the next ones count up (default: 1)",
+    )
     add("--images-per-prompt", type=positive, default=4, help="default: 4")
-    add("--output-dir", default="samples", help="default: samples")
+    add("--output-dir", help="default: samples, numbered if it exists")
     add = parser.add_argument_group("sampler").add_argument
-    add("--switch", type=int, help="steps of the base model; 0: only the tuned one (default: the paper's)")
+    add(
+        "--switch",
+        type=int,
+        help="first steps of the base model; 0: only the tuned one (default: ImageReFL 30, ReFL 10; SDXL 35, 20)",
+    )
     add(
         "--aig", type=number(float, 0), metavar="LAMBDA",
-        help="AIG instead of a switch: weight (i / T)^LAMBDA of the tuned model, without guidance",
+        help="AIG instead of a switch: weight (i / T)^LAMBDA of the tuned model; guidance only with --guidance",
     )  # fmt: skip
     add("--steps", type=positive, default=40, help="sampling steps T (default: 40)")
     add(
