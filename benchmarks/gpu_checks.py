@@ -23,6 +23,8 @@ from training.models import accelerate
 from utils.device import autocast, default_dtype, frozen_dtype
 
 METHODS = ("imagerefl", "refl")
+MINI = unets.UNetConfig((16, 32), (1, 0), 1, 1, (2, 2), context=128, latent_channels=4, groups=4, sample_size=8)
+MINI_VAE = vaes.VAEConfig((4, 4, 4, 8), 1, 4, 1)  # of a rehearsal, like MINI
 REWARDS = ("hpsv2.1", "pickscore", "imagereward", "mps", "clipscore")
 
 
@@ -32,9 +34,9 @@ class Session:
     def __init__(self, args: Namespace, about: dict):
         self.device, self.tiny, self.about = args.device, args.sizes == "tiny", about
         self.dtype = torch.bfloat16 if default_dtype(args.device) == "bfloat16" else torch.float32
-        sizes = (unets.TINY, vaes.TINY, 8, 2) if self.tiny else (unets.SD15, vaes.SD15, 64, 8)
+        sizes = (MINI, MINI_VAE, 8, 2) if self.tiny else (unets.SD15, vaes.SD15, 64, 8)
         self.task = updates.Task(*sizes, 1, args.device, "tiny" if self.tiny else "hpsv2.1")
-        sdxl = (unets.TINY, vaes.TINY, 8) if self.tiny else (unets.SDXL, vaes.SDXL, 64)
+        sdxl = (MINI, MINI_VAE, 8) if self.tiny else (unets.SDXL, vaes.SDXL, 64)
         self.sdxl = updates.Task(*sdxl, 1, 1, args.device, self.task.reward, checkpointing=True)
         self.repeats, self.updates = (1, 4) if self.tiny else (3, 50)
         self.tflop: dict[str, float] = {}  # of a side's call, counted once

@@ -11,12 +11,10 @@ import torch
 from test_rewards import NAMES, folders  # noqa: F401
 
 from benchmarks import gpu, networks, options, updates
-from unet import UNetConfig
-from vae import VAEConfig
+from benchmarks.gpu_checks import MINI, MINI_VAE
 
 ROOT = Path(__file__).parent.parent
-MINI = UNetConfig((16, 32), (1, 0), 1, 1, (2, 2), context=128, latent_channels=4, groups=4, sample_size=8)
-TASK = updates.Task(MINI, VAEConfig((4, 4, 4, 8), 1, 4, 1), 8, 1, 1, "cpu", "tiny")
+TASK = updates.Task(MINI, MINI_VAE, 8, 1, 1, "cpu", "tiny")
 
 
 def command(*words) -> subprocess.CompletedProcess:
