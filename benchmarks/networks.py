@@ -89,7 +89,7 @@ def trainable(network: nn.Module) -> nn.Module:
 
 def conditioning(config: UNetConfig, batch: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Random text conditioning: the UNet's arguments other than latents and timestep."""
-    generator, shapes = torch.Generator().manual_seed(1), cost.conditioning_of(config, batch, dtype)
+    generator, shapes = torch.Generator().manual_seed(1), cost.fake_conditioning(config, batch, dtype)
     c = {key: sample_noise(t.shape, generator, device).to(t.dtype) for key, t in shapes.items()}
     if "time_ids" in c:
         c["time_ids"] = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]], device=device).expand(batch, -1)
