@@ -17,7 +17,7 @@ from test_text import pipeline  # noqa: F401
 ROOT = Path(__file__).parent.parent
 PRETENDED = ROOT / "tests" / "pretended_gpu.py"
 MAY_SYNC = {  # functions that may synchronise: loading, saving, sampling images, and the end of an update
-    "pretrained/loading.py": {"convert_tensors"},
+    "pretrained/loading.py": {"convert_tensors", "check_finite"},
     "pretrained/saving.py": {"save_unet"},
     "pretrained/features.py": {"clip_features"},
     "pretrained/text_encoder.py": {"on_cpu"},
