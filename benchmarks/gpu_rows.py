@@ -73,7 +73,7 @@ def b_diffusers(s: Session) -> dict:
 def b_plan(s: Session) -> dict:
     """The memory that `train.py --plan` predicts for (b), in GB of 1e9 bytes without the driver's."""
     out, errors = s.plan.communicate()
-    found = re.search(r"^  ([\d.]+) with one image, ([\d.]+) for each more$", out, re.MULTILINE)
+    found = re.search(r"^  ([\d.]+) for one image, ([\d.]+) for each further one$", out, re.MULTILINE)
     if not found:
         raise ValueError(f"train.py --plan: {errors or out}")
     one, more = map(float, found.groups())
