@@ -186,6 +186,12 @@ def compile_blocks(unet: nn.Module) -> None:
             module.compile(dynamic=False)
 
 
+def f_regional(s: Session) -> dict:
+    """Blocks have more shapes than dynamo compiles by default; beyond its limit it would silently run them eagerly."""
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+        return updates_row(s, eager=False, prepare=compile_blocks)
+
+
 def to_channels_last(unet: nn.Module) -> None:
     unet.to(memory_format=torch.channels_last)
 
@@ -209,7 +215,7 @@ FUNCTIONS: dict[str, Callable[[Session], dict]] = {
     "f-cudnn-attention": f_cudnn_attention,
     "f-several-t_f": f_several_t_f,
     "f-reduce-overhead": lambda s: f_mode(s, "reduce-overhead"),
-    "f-regional": lambda s: updates_row(s, eager=False, prepare=compile_blocks),
+    "f-regional": f_regional,
     "f-channels-last": lambda s: updates_row(s, eager=False, compiled=True, prepare=to_channels_last),
     "f-max-autotune": lambda s: f_mode(s, "max-autotune"),
 }
