@@ -89,12 +89,12 @@ def test_a_file_system_that_refuses_to_sync_folders_is_no_failure(tmp_path, monk
 
 
 def test_a_tilde_after_an_equals_sign_is_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     parser = cli.Parser()
     for flag in ("--output-dir", "--reward-weights", "--prompt"):
         parser.add_argument(flag)
     args = parser.parse(["--output_dir=~/x", "--reward-weights=~/a,~/b", "--prompt=~/x"])
-    assert (args.output_dir, args.reward_weights, args.prompt) == ("/home/me/x", "/home/me/a,/home/me/b", "~/x")
+    assert (args.output_dir, args.reward_weights, args.prompt) == ("/users/me/x", "/users/me/a,/users/me/b", "~/x")
 
 
 def test_runs_started_at_once_get_folders_of_their_own(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         return [self.with_dash(a) if a[:2] == "--" else a for a in argv]
 
     def with_dash(self, argument: str) -> str:
-        """`--output_dir=~/a` -> `--output-dir=/home/me/a`: shells leave a `~` after `=` alone."""
+        """`--output_dir=~/a` -> `--output-dir=/users/me/a`: shells leave a `~` after `=` alone."""
         flag, equals, value = argument.partition("=")
         if value.startswith("~") and flag != "--prompt":
             value = ",".join(os.path.expanduser(path) for path in value.split(","))
