@@ -200,7 +200,12 @@ def test_missing_images_are_counted_and_left_out_only_when_few_or_allowed(folder
         Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
     many = [{"file_name": f"{i}.png", "text": "a"} for i in range(202)]
     (folder / "metadata.jsonl").write_text(lines(many))
-    few = open_data(str(folder), 8)
+    with pytest.raises(FileNotFoundError, match="200.png; 2 of 202 images are missing"):  # a table may lack none
+        open_data(str(folder), 8)
+    coco = {"images": [{"id": i, "file_name": f"{i}.png"} for i in range(202)]}
+    coco["annotations"] = [{"image_id": i, "caption": "a"} for i in range(202)]
+    (folder / "captions_mine.json").write_text(json.dumps(coco))
+    few = open_data(str(folder / "captions_mine.json"), 8, str(folder))
     assert len(few) == 200 and "2 of 202 images are missing and left out, the first: 200.png" in describe(few)
     (folder / "metadata.jsonl").write_text(lines(rows[1:]))
     with pytest.raises(FileNotFoundError, match="1 of 1 images are missing; --images names their folder$"):

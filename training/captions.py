@@ -50,7 +50,7 @@ def table_captions(table: list[Row], path: Path, options: Options) -> Captions:
         raise ValueError(f"{path}: empty, so there is nothing to train on")
     own = f"{folder.name}/"  # "train/a.png" in train/metadata.jsonl
     folders = [folder] + [folder.parent] * all(name.startswith(own) for name, _, _ in named)
-    captions = find_images(named, ImageFinder(folders), path, options)
+    captions = find_images(named, ImageFinder(folders), path, options, few=0)
     others = [k for k in table[0][1] if k != text_key and str(k).strip().lower() in CAPTION_COLUMNS[:3]]
     if others and not options.caption_column:
         captions.notes.append(f"captions are from the column {text_key}, not {' or '.join(others)} (--caption-column)")

@@ -12,7 +12,7 @@ IMAGES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".jxl",
     ".jp2", ".ppm", ".pgm",
 )  # fmt: skip
-FEW = 0.01  # share of images that may be missing without --allow-missing
+FEW = 0.01  # share of a data set's images that may be missing without --allow-missing; a table may lack none
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,12 @@ class ImageFinder:
         return unicodedata.normalize("NFC", name).casefold()
 
 
-def find_images(named: list[tuple[str, str, str]], finder: ImageFinder, where: Path, options: Options) -> Captions:
+def find_images(
+    named: list[tuple[str, str, str]], finder: ImageFinder, where: Path, options: Options, few: float = FEW
+) -> Captions:
     """Rows (image name, caption, place in the file) -> `Captions`.
 
-    Raises FileNotFoundError when more than a few images are missing, unless `allow_missing` says to go on.
+    Raises FileNotFoundError if more than the share `few` of the images is missing, unless `allow_missing` is set.
     """
     folder = finder.folders[0]
     check_unicode((text for name in named for text in name[:2]), where)
@@ -93,7 +95,7 @@ def find_images(named: list[tuple[str, str, str]], finder: ImageFinder, where: P
     if not missing:
         return Captions(rows, where)
     count = f"{len(missing)} of {len(found)} images are missing"
-    if not rows or len(missing) > FEW * len(found) and not options.allow_missing:
+    if not rows or len(missing) > few * len(found) and not options.allow_missing:
         place = next(place for name, _, place in named if name == missing[0])
         advice = "--images names their folder" + ", --allow-missing trains on the others" * bool(rows)
         raise FileNotFoundError(f"{where}, {place}: no image {folder / missing[0]}; {count}; {advice}")

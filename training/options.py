@@ -58,7 +58,11 @@ def add_data(add: Callable) -> None:
     """How to read --data."""
     add("--images", metavar="DIR", help="folder of the images that the table in --data names (default: beside it)")
     add("--caption-column", metavar="NAME", help="column of captions in --data (default: text, caption or prompt)")
-    add("--allow-missing", action="store_true", help="train even if more than 1 in 100 images of --data are missing")
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="train although images of --data are missing (COCO: more than 1 in 100)",
+    )
 
 
 def add_method(parser: Parser) -> None:
