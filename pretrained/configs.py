@@ -1,25 +1,14 @@
 """The `config.json` of diffusers <-> the configs of `unet.py` and `vae.py`."""
 
+from pretrained.component_configs import UNET_BUILT, VAE_BUILT
 from unet import UNetConfig
 from vae import VAEConfig
-
-SUPPORTED = {  # settings of published UNets that change the network, and the values that unet.py builds
-    "act_fn": ("silu",),
-    "resnet_time_scale_shift": ("default",),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "addition_embed_type": (None, "text_time"),
-    "class_embed_type": (None,),
-    "encoder_hid_dim": (None,),
-    "time_cond_proj_dim": (None,),
-    "only_cross_attention": (False,),
-    "dual_cross_attention": (False,),
-}
 
 
 def unet_config(config: dict) -> UNetConfig:
     """From a UNet's `config.json`. Raises ValueError for settings that `unet.py` does not implement."""
-    for key, supported in SUPPORTED.items():
-        if config.get(key, supported[0]) not in supported:
+    for key, built in UNET_BUILT.items():
+        if config.get(key, built[0]) not in built:
             raise ValueError(f"unet config: {key} = {config[key]} is not supported; SD1.5 and SDXL are")
     channels = tuple(config["block_out_channels"])
     depths = config.get("transformer_layers_per_block", 1)
@@ -73,8 +62,8 @@ def unet_dict(config: UNetConfig) -> dict:
 
 def vae_config(config: dict) -> VAEConfig:
     """From an autoencoder's `config.json`. Raises ValueError for settings that `vae.py` does not implement."""
-    for key in ("latents_mean", "latents_std", "shift_factor"):
-        if config.get(key) is not None:
+    for key, built in VAE_BUILT.items():
+        if config.get(key, built[0]) not in built:
             raise ValueError(f"vae config: {key} = {config[key]} is not supported, only a scaling_factor")
     return VAEConfig(
         channels=tuple(config["block_out_channels"]),
