@@ -74,7 +74,8 @@ def place() -> tuple[str, str, int]:
     frame = sys._getframe(1)
     while frame:
         path, function = Path(frame.f_code.co_filename), frame.f_code.co_name
-        if ROOT in path.parents and path.parent.name != "tests" and function[0] != "<":
+        project = ROOT in path.parents and not {"tests", "site-packages"} & set(path.parts[len(ROOT.parts) :])
+        if project and function[0] != "<":
             return path.relative_to(ROOT).as_posix(), function, frame.f_lineno
         frame = frame.f_back
     return "elsewhere", "", 0

@@ -149,7 +149,7 @@ def test_combined_generation_with_one_set_of_weights_equals_that_with_two_models
 
 GENERATE = """
 import json, sys, torch, weights
-from combined import combine, guided, plain, switch_weights
+from combined import cfg, combine, combined_weights, conditional
 from scheduler import Scheduler
 
 def memory(kind):
@@ -162,9 +162,9 @@ if checkpoint:
 else:
     first = second = weights.load_unet(base, dtype=torch.bfloat16)
 text, empty = ({"context": torch.full((1, 77, 768), x, dtype=torch.bfloat16)} for x in (0.1, 0.0))
-predictors = guided(first, text, empty, 7.5), plain(second, text)
+predictors = cfg(first, text, empty, 7.5), conditional(second, text)
 with torch.no_grad():  # one model takes every step itself
-    x = combine(Scheduler(2), *predictors, switch_weights(2, 1 if checkpoint else 2), torch.ones(1, 4, 8, 8))
+    x = combine(Scheduler(2), *predictors, combined_weights(2, 1 if checkpoint else 2), torch.ones(1, 4, 8, 8))
 assert x.isfinite().all()
 print(memory("VmHWM") - before)
 """

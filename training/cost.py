@@ -122,8 +122,10 @@ def build_fake(args, unet_sizes: UNetConfig, vae_sizes: VAEConfig) -> FakeNetwor
     for network in (unet, vae):
         network.load_state_dict(fake_state(network), assign=True)
     networks = FakeNetworks(unet, fuse(vae.requires_grad_(False)), [])
+    if args.method == "diffusion":
+        return networks
     paths = (args.reward_weights or "").split(",")
-    for i, (name, _) in enumerate(rewards.parse(args.reward) if args.method != "diffusion" else []):
+    for i, (name, _) in enumerate(rewards.parse(args.reward)):
         folder = reward_files.EMBEDDED / name if name in ("tiny", "tiny2") else Path(paths[i] if i < len(paths) else "")
         has_config = folder != Path() and (folder / "config.json").is_file()
         network = reward_networks.build_meta(name, folder if has_config else None)
