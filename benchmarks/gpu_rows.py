@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,9 +26,12 @@ from benchmarks.gpu_checks import METHODS, Session, check, unet_inputs
 from benchmarks.measure import Side, count_tflop, machine, measure
 from benchmarks.networks import relative_difference
 from combined import conditional
+from pretrained import saving
+from pretrained.configs import vae_dict
 from refl import T_MAX, reward_loss
 from scheduler import denoise, sample_noise
 from training.models import accelerate
+from utils import disk
 from utils.device import choose_device, frozen_dtype, is_out_of_memory
 
 ROOT = Path(__file__).parent.parent
@@ -135,9 +140,51 @@ def d_tiny(s: Session) -> dict:
     return values | {"reward, first and last": f"{curves['device'][0]:.4f}, {curves['device'][-1]:.4f}"}
 
 
+def write_base(s: Session, folder: Path) -> None:
+    """A base of the row's size with random weights and the tiny base's text encoder, and eight captioned images."""
+    unet, vae = replace(s.task.unet, context=128), s.task.vae
+    saving.save_unet(networks.unet_pair(unet, "cpu", False)[0], folder / "unet")
+    autoencoder = networks.vae_pair(vae, "cpu", False)[0]
+    disk.write(folder / "vae" / "diffusion_pytorch_model.safetensors", autoencoder.state_dict())
+    disk.write_text(folder / "vae" / "config.json", json.dumps(vae_dict(vae)))
+    for name in ("text_encoder", "tokenizer"):
+        (folder / name).symlink_to(ROOT / "tiny" / "base" / name)
+    (folder / "images").mkdir()
+    for number in range(8):
+        Image.effect_noise((512, 512), 90).convert("RGB").save(folder / "images" / f"{number}.png")
+        (folder / "images" / f"{number}.txt").write_text("octopus\n")
+    (folder / "prompts.txt").write_text("octopus\n")
+
+
+def d_commands(s: Session) -> dict:
+    """`train.py --compile` in bf16 and `sample.py --switch 30` as a user types them: seconds of each and of updates."""
+    values = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        base, run = Path(temporary, "base"), Path(temporary, "run")
+        write_base(s, base)
+        train = ["train.py", "--base", base, "--data", base / "images", "--reward", "tiny", "--steps", 4]
+        train += ["--compile"] if s.device != "cpu" else []  # inductor would take minutes there
+        train += ["--resolution", s.task.pixels, "--batch-size", s.task.batch, "--accumulate", 1]
+        train += ["--prompts", base / "prompts.txt", "--sample-every", 0, "--output-dir", run]
+        sample = ["sample.py", "--base", base, "--checkpoint", run, "--switch", 30, "--prompt", "octopus"]
+        sample += ["--images-per-prompt", 1, "--output-dir", base / "samples"]
+        for command in (train, sample):
+            command, began = [sys.executable, *map(str, [*command, "--device", s.device])], time.perf_counter()
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"{command[1]}: {done.stderr[-500:]}")
+            values[command[1]] = f"{time.perf_counter() - began:.1f} s"
+        for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
+            found = [f"{key} {row[key]}" for key in ("seconds", "peak_gb", "mfu", "grad_norm") if key in row]
+            values[f"update {row['update']}, {row['kind']}"] = ", ".join(found)
+    return values
+
+
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def f_cudnn_attention(s: Session) -> dict:
-    rest = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *rest], set_priority=True):
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
         return updates_row(s, "f ")
 
 
@@ -160,6 +207,53 @@ def f_several_t_f(s: Session) -> dict:
 
     update = updates.update_of(task, loss_of, optimizer, frozen_dtype(task.args()))
     return measured(s, {"two t_f": Side(update, list)})
+
+
+KERNELS = {  # kind -> parts of the names of its kernels
+    "layout": ("nchwToNhwc", "nhwcToNchw", "nchwToFold", "convertTensor"),
+    "attention": ("flash", "fmha", "attention"),
+    "convolution": ("conv", "cudnn", "implicit", "xmma_fprop", "wgrad", "dgrad"),
+    "matrix product": ("gemm", "nvjet", "cutlass", "cublas"),
+    "norm": ("norm", "RowwiseMoments", "Welford", "ComputeFusedParams"),
+    "concatenation": ("CatArray",),
+    "copy": ("copy", "Memcpy", "Memset"),
+    "elementwise": ("elementwise",),
+}
+
+
+def kernel_times(run: Callable[[], object]) -> str:
+    """Milliseconds on the GPU by kind of kernel, the three longest other kernels, and the number of kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times, other = dict.fromkeys(KERNELS, 0.0), {}
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    for event in events:
+        kind = next(
+            (kind for kind, parts in KERNELS.items() if any(part.lower() in event.name.lower() for part in parts)), None
+        )
+        target, name = (other, event.name[:60]) if kind is None else (times, kind)
+        target[name] = target.get(name, 0) + event.device_time_total / 1e3
+    times |= dict(sorted(other.items(), key=lambda item: -item[1])[:3])
+    return f"{len(events)} kernels, ms: " + ", ".join(f"{name} {ms:.2f}" for name, ms in times.items())
+
+
+def f_eager(s: Session) -> dict:
+    """A forward pass of the UNet in bf16 without gradients: memory formats, attention, and where its time goes."""
+    unet = speed.for_sampling(networks.unet_pair(s.task.unet, s.device, theirs=False)[0].to(s.dtype))
+    last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
+    x, t, c = unet_inputs(s, s.dtype)
+
+    def cudnn() -> None:
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+            unet(x, t, **c)
+
+    calls = {"UNet": lambda: unet(x, t, **c), "channels_last": lambda: last(x, t, **c), "cuDNN attention": cudnn}
+    with torch.no_grad():
+        values = measured(s, {name: Side(call, list) for name, call in calls.items()})
+        for name, call in calls.items() if s.device != "cpu" else ():
+            values[f"{name}, kernels"] = kernel_times(call)
+    return values
 
 
 def f_mode(s: Session, mode: str) -> dict:
@@ -210,8 +304,10 @@ FUNCTIONS: dict[str, Callable[[Session], dict]] = {
     "c-sample": lambda s: c_sample(s, 1.0),
     "c-guided": lambda s: c_sample(s, 7.5),
     "d-tiny": d_tiny,
+    "d-commands": d_commands,
     "e-lora": lambda s: updates_row(s, "lora ", replace(s.sdxl, lora=16)),
     "e-full": lambda s: updates_row(s, "sdxl ", s.sdxl),
+    "f-eager": f_eager,
     "f-cudnn-attention": f_cudnn_attention,
     "f-several-t_f": f_several_t_f,
     "f-reduce-overhead": lambda s: f_mode(s, "reduce-overhead"),

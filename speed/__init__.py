@@ -52,6 +52,7 @@ def compile_for_training(
     Raises ValueError if a compiled gradient is wrong. In bf16 on a CPU it is (torch 2.13): the loss is right, and the
     decoder's gradient is zero.
     """
+    cpu_attention.use_cpu_attention(unet)  # later, it would be compiled again
     prepacked.prepare_for_compile(vae.decoder)
     if adapters:
         prepacked.prepare_for_compile(unet)

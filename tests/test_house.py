@@ -119,7 +119,8 @@ from unet import UNet
 longest, forward = {}, UNet.forward
 
 def counted(self, *args, **kwargs):
-    own = [f for f in traceback.extract_stack()[:-1] if f.filename.startswith(root) and "site-packages" not in f.filename]
+    frames = [f for f in traceback.extract_stack()[:-1] if "site-packages" not in f.filename]
+    own = [f for f in frames if f.filename.startswith(root)]
     start = max(i for i, f in enumerate(own) if f.name == "main" and f.filename.endswith(sys.argv[0].split("/")[-1]))
     names = [f.name for f in own[start:]] + ["UNet.forward"]
     if "predicted_minutes" in names:

@@ -92,6 +92,28 @@ def test_a_bf16_copy_is_as_accurate_as_autocast(unet):
     assert 0 < error < 1.5 * autocast_error + 1e-3
 
 
+@pytest.mark.parametrize("frozen_dtype", [torch.float32, torch.bfloat16])
+def test_each_network_is_compiled_once(unet, vae, monkeypatch, frozen_dtype):
+    """Checking the gradients compiles the graphs of training; only the copy's follows, in its first step."""
+    graphs, compiler = [], torch.compile
+
+    def count(graph, inputs):
+        graphs.append("with gradients" if torch.is_grad_enabled() else "without")
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend=count))
+    torch.compiler.reset()
+    x, parameters = rnd("x", 2, 4, 4, 4).requires_grad_(), list(unet.parameters())
+    net, vae.decode = speed.compile_for_training(unet, vae, parameters, x, TEXT, nullcontext, False)
+    assert graphs == ["with gradients"] * 2  # the autoencoder's decoder and the UNet
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    fast = speed.for_training(net, unet, optimizer, frozen_dtype, True, False)
+    for seed in range(2):
+        loss_of(fast, vae, seed).backward()
+        optimizer.step()
+    assert graphs == ["with gradients"] * 2 + ["without"]
+
+
 @pytest.mark.slow
 def test_with_adapters_a_frozen_bf16_unet_needs_no_copy(unet, vae):
     """Adapter gradients on a bf16 UNet are as accurate as on a float32 UNet with a bf16 copy."""
