@@ -26,51 +26,46 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.options import gpu_args
 from utils.cli import check_writable, run
 
-RATE = 200  # TFLOP/s assumed for the prediction: a quarter of an H100's bf16 matrix rate
 RESERVE = 5.0  # seconds kept to write the results and exit
 
 
 @dataclass(frozen=True)
 class Row:
-    """`overhead`: predicted seconds of setup and compilation, an estimate; `tflop`: arithmetic of all its calls."""
+    """`seconds`: predicted for an H100 and its 16 CPU cores, with compilation; measured where `measured` is True."""
 
     name: str
-    overhead: float
-    tflop: float
+    seconds: float
+    measured: bool
     words: str
     needs_diffusers: bool = False
 
-    @property
-    def seconds(self) -> float:
-        return self.overhead + self.tflop / RATE
 
-
-# One image at 512 pixels takes 0.77 TFLOP in a UNet forward pass, 14 in an update of ImageReFL, 34 in one of ReFL
-# (`train.py --plan`); SDXL's takes ten times as much per pixel.
 ROWS = (
-    Row("a-unet", 38, 50, "UNet in bf16, eager and compiled, against float32 and autocast"),
-    Row("a-decoder", 20, 80, "decoder likewise"),
-    Row("a-rewards", 20, 10, "gradient of each reward in bf16 against float32 and autocast"),
-    Row("a-updates", 5, 300, "gradient of one update of each method in bf16 against float32 and autocast"),
-    Row("a-diffusers", 5, 400, "gradient of one update of each method against diffusers, float32", True),
-    Row("a-no-wait", 3, 150, "the host never waits for the device in a micro-batch"),
-    Row("b-eager", 8, 3_000, "updates of each method, eager: s, TFLOP/s, MFU, peak GB"),
-    Row("b-diffusers", 5, 2_500, "the same updates composed from diffusers", True),
-    Row("b-compiled", 75, 2_000, "the same updates compiled, after comparing compiled with eager gradients"),
-    Row("b-plan", 5, 0, "peak GB that `train.py --plan` predicts"),
-    Row("c-sample", 45, 4_000, "40 steps without guidance: ours and diffusers, eager and compiled"),
-    Row("c-guided", 25, 8_000, "40 steps with guidance likewise"),
-    Row("d-tiny", 60, 0, "50 updates of the tiny base on the device and on the CPU; resume after 25"),
-    Row("d-commands", 150, 400, "train.py --compile and sample.py as they are typed, with a folder of SD1.5's size"),
-    Row("e-lora", 15, 800, "updates of SDXL with --lora 16: s, peak GB"),
-    Row("e-full", 15, 800, "updates of SDXL, all weights: s, peak GB"),
-    Row("f-eager", 10, 500, "UNet without gradients, eager: memory formats, attention, milliseconds by kind of kernel"),
-    Row("f-cudnn-attention", 5, 2_000, "eager updates with cuDNN's attention"),
-    Row("f-several-t_f", 5, 2_000, "a ReFL update with two t_f from one rollout"),
-    Row("f-reduce-overhead", 25, 100, "UNet without gradients, CUDA graphs"),
-    Row("f-regional", 40, 2_000, "updates with each block compiled on its own"),
-    Row("f-channels-last", 90, 2_000, "compiled updates with the trained UNet in channels_last"),
-    Row("f-max-autotune", 150, 100, "UNet without gradients, max-autotune"),
+    Row("a-unet", 68, True, "UNet in bf16, eager and compiled, against float32 and autocast"),
+    Row("a-decoder", 18, True, "decoder likewise"),
+    Row("a-rewards", 12, True, "gradient of each reward in bf16 against float32 and autocast"),
+    Row("a-updates", 22, True, "gradient of one update of each method in bf16 against float32 and autocast"),
+    Row("a-diffusers", 17, True, "gradient of one update of each method against diffusers, float32", True),
+    Row("a-no-wait", 8, True, "the host never waits for the device in a micro-batch"),
+    Row("b-eager", 21, True, "updates of each method, eager: s, TFLOP/s, MFU, peak GB"),
+    Row("b-diffusers", 30, True, "the same updates composed from diffusers", True),
+    Row("b-compiled", 220, False, "the same updates compiled, after comparing compiled with eager gradients"),
+    Row("b-plan", 5, False, "peak GB that `train.py --plan` predicts"),
+    Row("c-sample", 160, False, "40 steps without guidance: ours and diffusers, eager and compiled"),
+    Row("c-guided", 100, False, "40 steps with guidance likewise"),
+    Row("d-tiny", 82, True, "50 updates of the tiny base on the device and on the CPU; resume after 25"),
+    Row("d-commands", 250, False, "train.py --compile and sample.py as they are typed, with a folder of SD1.5's size"),
+    Row("e-lora", 80, False, "updates of SDXL with --lora 16: s, peak GB"),
+    Row("e-full", 80, False, "updates of SDXL, all weights: s, peak GB"),
+    Row(
+        "f-eager", 15, False, "UNet without gradients, eager: memory formats, attention, milliseconds by kind of kernel"
+    ),
+    Row("f-cudnn-attention", 20, False, "eager updates with cuDNN's attention"),
+    Row("f-several-t_f", 20, False, "a ReFL update with two t_f from one rollout"),
+    Row("f-reduce-overhead", 60, False, "UNet without gradients, CUDA graphs"),
+    Row("f-regional", 90, False, "updates with each block compiled on its own"),
+    Row("f-channels-last", 250, False, "compiled updates with the trained UNet in channels_last"),
+    Row("f-max-autotune", 250, False, "UNet without gradients, max-autotune"),
 )
 
 
@@ -92,11 +87,11 @@ def chosen_rows(args: Namespace) -> list[Row]:
 
 def print_order(rows: list[Row]) -> None:
     end = 0.0
-    print("predicted for an H100, not measured: seconds, and when the row ends\n")
+    print("predicted for an H100 (* as measured on one): seconds, and when the row ends\n")
     for row in rows:
         end += row.seconds
         note = " (needs diffusers)" if row.needs_diffusers else ""
-        print(f"{row.name:20}{row.seconds:5.0f}{end:7.0f}  {row.words}{note}")
+        print(f"{row.name:20}{row.seconds:5.0f}{'*' if row.measured else ' '}{end:7.0f}  {row.words}{note}")
 
 
 class Results:

@@ -67,6 +67,12 @@ def updates_row(s: Session, key: str = "b ", task: updates.Task | None = None, e
     return measured(s, updates.our_sides(METHODS, task or s.task, s.reward(), **more), key, eager)
 
 
+def b_compiled(s: Session) -> dict:
+    values = updates_row(s, eager=False, compiled=True)
+    spent = torch._dynamo.utils.calculate_time_spent()
+    return values | {"compilation": ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in spent.items())}
+
+
 def b_diffusers(s: Session) -> dict:
     values, reward = {}, s.reward()
     for method in METHODS:
@@ -299,7 +305,7 @@ FUNCTIONS: dict[str, Callable[[Session], dict]] = {
     "a-no-wait": gpu_checks.a_no_wait,
     "b-eager": updates_row,
     "b-diffusers": b_diffusers,
-    "b-compiled": lambda s: updates_row(s, eager=False, compiled=True),
+    "b-compiled": b_compiled,
     "b-plan": b_plan,
     "c-sample": lambda s: c_sample(s, 1.0),
     "c-guided": lambda s: c_sample(s, 7.5),
