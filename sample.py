@@ -48,6 +48,7 @@ def main(args: Namespace) -> None:
         args.checkpoint, args.base, args.device, dtype, one_at_a_time, lambda unet: for_sampling(unet, args.compile)
     )
     vae, text = load_vae(args.base, args.device, dtype), load_text(args.base, args.device, dtype)
+    text.report_cut(args.prompts)
     for_sampling(vae.decoder, args.compile)
     switch = weights.count(0.0) if one_at_a_time else 0
     phases = [scheduler.steps[:switch], scheduler.steps[switch:]]  # one model is in memory in each

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrained.weight_files import read_file
+from pretrained.weight_files import read_finite
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -180,8 +180,9 @@ def load_inception(path: str | Path) -> Inception:
         raise FileNotFoundError(f"{path}: no Inception weights; {get} and put it there")
     with torch.device("meta"):
         model = Inception()
+    weights = read_finite(path)
     try:
-        model.load_state_dict(read_file(path), strict=True, assign=True)
+        model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not pytorch-fid's Inception, use {FILE} ({reason} ...)") from None

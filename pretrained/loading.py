@@ -17,7 +17,7 @@ import vae as vaes
 from pretrained import component_configs, key_names, lora, prediction, weight_files
 from pretrained.configs import unet_config, unet_dict, vae_config, vae_dict
 from pretrained.text_encoder import TextEncoder
-from pretrained.weight_files import find, read_file
+from pretrained.weight_files import check_finite, find, read_file
 from unet import UNet
 from vae import VAE
 
@@ -135,14 +135,6 @@ def convert_tensors(read: Callable[[], dict[str, Tensor]], device: str, dtype: t
             copied, tensors = 0, None
             tensors = read()
     return done
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise ValueError that names a tensor with NaN or infinite values, which would give black images."""
-    if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
-        low, high = tensor.aminmax()  # one pass without a temporary; a NaN is propagated
-        if not (low.isfinite() and high.isfinite()):
-            raise ValueError(f"{name} contains NaN or infinite values")
 
 
 def load_component(

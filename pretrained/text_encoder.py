@@ -4,9 +4,12 @@ SD1.5 and the tiny base: the last hidden states of one encoder. SDXL: the penult
 concatenated, the second one's pooled text feature, and the image size. S text tokens, D width of the states.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
+from utils import distributed
 from utils.device import to_device
 
 CACHE_BYTES = 2**29  # size limit of the cached prompt embeddings
@@ -25,6 +28,7 @@ class TextEncoder:
         self.tokenizers = tokenizers
         self.cache: dict[str, dict[str, Tensor]] = {}
         self.device = models[0].device  # of the returned embeddings
+        self.cut_reported = False
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> "TextEncoder":
         self.models = [model.to(device, dtype) for model in self.models]
@@ -50,9 +54,29 @@ class TextEncoder:
             conditioning["time_ids"] = to_device(torch.tensor(time_ids, dtype=torch.float32), self.device)
         return conditioning
 
+    def report_cut(self, prompts: list[str]) -> None:
+        """Say once, on stderr, how many of the prompts are too long for the encoder, and what it does not read."""
+        if self.cut_reported:
+            return
+        tokenizer, length = self.tokenizers[0], self.models[0].config.max_position_embeddings
+        tokens = {prompt: tokenizer(prompt, verbose=False).input_ids for prompt in dict.fromkeys(prompts)}
+        cut = [prompt for prompt, ids in tokens.items() if len(ids) > length]
+        if cut and distributed.is_main_process():
+            unread = tokenizer.decode(tokens[cut[0]][length - 1 : -1])
+            few = f"a prompt is longer than the {length} tokens that the text encoder reads"
+            many = (
+                f"{len(cut)} of {len(tokens)} prompts are longer than the {length} tokens that the text encoder reads"
+            )
+            print(
+                f"{many if len(tokens) > 1 else few}: of {cut[0][:40]!r}... it does not read {unread[:80]!r}",
+                file=sys.stderr,
+            )
+        self.cut_reported = bool(cut)
+
     def features(self, prompts: list[str]) -> list[dict[str, Tensor]]:
         """Per prompt: context (1, S, D) and, for SDXL, pooled (1, 1280)."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
+        self.report_cut(new)
         together = 1 if self.models[0].device.type == "cpu" else BATCH
         for batch in (new[at : at + together] for at in range(0, len(new), together)):
             self.cache.update(zip(batch, self._encode(batch), strict=True))

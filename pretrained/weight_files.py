@@ -6,11 +6,13 @@ the folder of one component, or the single file that contains it.
 
 import json
 import re
+import sys
 import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 BASES = {
     "tiny": str(Path(__file__).parent.parent / "tiny" / "base"),
@@ -259,6 +261,20 @@ def download(repo: str, component: str) -> Path:
         raise OSError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
+def fetch_scheduler(repo: str, folder: Path) -> None:
+    """Download what says what a cached UNet predicts, if another program left it out; if that fails, say so."""
+    from huggingface_hub import snapshot_download
+
+    if (folder / "scheduler").is_dir():
+        return
+    try:
+        snapshot_download(repo, allow_patterns=["scheduler/*.json"], revision=folder.name)
+    except Exception as error:  # noqa: BLE001 - one of many network errors
+        reason = " ".join(str(error).split())[:80]
+        message = "its scheduler/ is not in the hub's cache, and no download; it is taken to predict the noise"
+        print(f"{repo}: {message} ({reason})", file=sys.stderr)
+
+
 def is_complete(folder: Path, component: str) -> bool:
     """True if a folder contains the weights of a component."""
     try:
@@ -275,6 +291,8 @@ def find_in_hub(source: str, component: str) -> Path:
         try:
             place = find_in_folder(folder, component)
             if place and weight_files(place):
+                if "unet" in component and repo not in BASES.values():
+                    fetch_scheduler(repo, folder)
                 return place
         except FileNotFoundError:
             continue  # partly downloaded
@@ -328,3 +346,19 @@ def find_tokenizer(place: Path, name: str) -> Path:
         f"{place}: no {name}/vocab.json next to it; put vocab.json and merges.txt of "
         f"huggingface.co/{BASES['sd15']}/tree/main/tokenizer into {siblings[1]}"
     )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError that names a tensor with NaN or infinite values, which would give black images."""
+    if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+        low, high = tensor.aminmax()  # one pass without a temporary; a NaN is propagated
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{name} contains NaN or infinite values")
+
+
+def read_finite(path: Path) -> dict[str, Tensor]:
+    """`read_file`, checked: raises ValueError that names a tensor with NaN or infinite values."""
+    tensors = read_file(path)
+    for key, tensor in tensors.items():
+        check_finite(f"{path}: {key}", tensor)
+    return tensors

@@ -135,6 +135,7 @@ def sample_missing(args, points: list[Point], prompts: list[str], jobs: list[Job
         return
     dtype, size = frozen_dtype(args), (args.resolution, args.resolution)
     vae, text = loading.load_vae(args.base, args.device, dtype), loading.load_text(args.base, args.device, dtype)
+    text.report_cut([prompts[p] for p, _ in jobs])
     for_sampling(vae.decoder)
     scheduler = Scheduler(args.steps)
     batches = [jobs[at : at + args.batch_size] for at in range(0, len(jobs), args.batch_size)]

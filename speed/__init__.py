@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scheduler import expand_timesteps
-from speed import cpu_attention, prepacked
+from speed import cpu_attention, prepacked, threads
 from speed.fused_upsample import fuse
 from speed.inference_copy import InferenceCopy
 from speed.sharding import shard
@@ -24,6 +24,7 @@ def for_sampling(network: nn.Module, compiled: bool = False) -> nn.Module:
     if compiled:  # dynamic=False: one graph per batch size, since dynamic ones give up channels_last
         prepacked.prepare_for_compile(network).compile(dynamic=False)
         return network
+    network.register_forward_pre_hook(threads.follow_load)
     return prepacked.prepack(network)
 
 

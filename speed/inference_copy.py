@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scheduler import expand_timesteps
 from speed import prepacked
 from speed.fused_upsample import fuse
+from speed.threads import follow_load
 from utils import distributed
 
 UNPACKED_CALLS = 9  # pack only after this many no-grad calls of a micro-batch: below, packing costs more than it saves
@@ -55,6 +56,7 @@ class InferenceCopy:
             fuse(self.copy)
 
     def __call__(self, x_t: Tensor, t: Tensor | int, context: Tensor, **conditioning: Tensor) -> Tensor:
+        follow_load()
         t = expand_timesteps(t, x_t)
         if torch.is_grad_enabled():
             self.calls = 0  # the last call of a micro-batch

@@ -169,6 +169,7 @@ def test_right_concept_is_measured_on_prompts_that_name_one(tmp_path):
     assert "2 of 3 prompts" in notes[0]
 
 
+@pytest.mark.slow
 def test_one_image_per_prompt_says_why_there_is_no_diversity(tmp_path):
     results = run(tmp_path, "--steps=1", "--images-per-prompt=1")
     assert "diversity" not in [c["key"] for c in results["columns"]]
@@ -182,6 +183,7 @@ def test_names_of_rewards_may_be_separated_by_blanks(tmp_path):
     assert [c["key"] for c in results["columns"]][:2] == results["axes"]["quality"] == ["tiny2", "tiny"]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_one_folder_name_have_rows_of_their_own(tmp_path):
     folders = [tmp_path / seed / "model" for seed in ("seed 1", "seed 2")]
     for folder in folders:

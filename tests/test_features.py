@@ -54,6 +54,14 @@ def test_hashed_noise_is_the_published_one():
     assert noise(9001, 2).tolist() == pytest.approx([-0.917535557809898, 0.48002400100132814], abs=1e-15)
 
 
+def test_inception_weights_that_are_not_finite_are_refused(tmp_path):
+    state = hashed_state()
+    state["Mixed_7c.branch1x1.bn.running_var"][3] = math.nan
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="Mixed_7c.branch1x1.bn.running_var contains NaN"):
+        inception.load_inception(tmp_path / "weights.pth")
+
+
 def test_inception_has_the_published_keys_and_size():
     with torch.device("meta"):
         model = inception.Inception()

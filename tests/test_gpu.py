@@ -17,7 +17,8 @@ from test_text import pipeline  # noqa: F401
 ROOT = Path(__file__).parent.parent
 PRETENDED = ROOT / "tests" / "pretended_gpu.py"
 MAY_SYNC = {  # functions that may synchronise: loading, saving, sampling images, and the end of an update
-    "pretrained/loading.py": {"convert_tensors", "check_finite"},
+    "pretrained/loading.py": {"convert_tensors"},
+    "pretrained/weight_files.py": {"check_finite"},
     "pretrained/saving.py": {"save_unet"},
     "pretrained/features.py": {"clip_features"},
     "pretrained/text_encoder.py": {"on_cpu"},
@@ -115,7 +116,7 @@ for key in ("context", "pooled", "time_ids"):
     run(PRETENDED, "--report", tmp_path / "report", script)
     waits = json.loads((tmp_path / "report").read_text())["waits"]
     # only loading, and the script itself
-    assert {file for _, file, *_ in waits} <= {"pretrained/loading.py", "elsewhere"}
+    assert {file for _, file, *_ in waits} <= {"pretrained/loading.py", "pretrained/weight_files.py", "elsewhere"}
 
 
 def test_rewards_equal_the_cpu_and_never_synchronise(folders, tmp_path):  # noqa: F811
@@ -139,7 +140,11 @@ for folder in {[str(folders[name]) for name in NAMES]}:
     run(PRETENDED, "--report", tmp_path / "report", script)
     waits = json.loads((tmp_path / "report").read_text())["waits"]
     # only loading, and the script itself
-    loads = {("pretrained/reward_networks.py", "load"), ("elsewhere", "")}
+    loads = {
+        ("pretrained/reward_networks.py", "load"),
+        ("pretrained/weight_files.py", "check_finite"),
+        ("elsewhere", ""),
+    }
     assert {(file, function) for _, file, function, *_ in waits} <= loads
 
 

@@ -7,6 +7,7 @@ Golden weights are made from their own key names by `fill`; how is told in the m
 (Apache-2.0).
 """
 
+import csv
 import gzip
 import hashlib
 import json
@@ -716,6 +717,42 @@ def test_the_score_command_prints_what_the_library_computes(folders, loaded, pic
         pick, preference = (loaded[name](image, [prompt]).item() for name in ("pickscore", "mps"))
         expected = [pick, preference, 0.5 * (pick - 20) / 10 + preference / 10]
         assert [float(number) for number in line.split()[1:]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_folder_is_scored_with_a_prompt_file_into_a_csv(folders, picture, tmp_path, capsys):
+    """Prompts belong to sample.py's images by number, to other images in the order of their names."""
+    spec = ["score", "--reward", "pickscore", "--reward-weights", str(folders["pickscore"])]
+    prompts, table = tmp_path / "prompts.txt", tmp_path / "scores.csv"
+    prompts.write_text('a red fox\na "tame", fox\n')
+    for name in ("00001-5.png", "00000-5.png", "00001-6.png", "grid.png", "notes.txt"):
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        shutil.copy(picture, tmp_path / "samples" / name)
+    command = [*spec, "--prompts", str(prompts), "--csv", str(table)]
+    assert reward_commands.main([*command, str(tmp_path / "samples")]) == 0
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [Path(row["image"]).name for row in rows] == ["00000-5.png", "00001-5.png", "00001-6.png"]
+    assert [row["prompt"] for row in rows] == ["a red fox", *['a "tame", fox'] * 2]
+    assert f"{table}: 3 images; mean pickscore" in capsys.readouterr().out
+    assert reward_commands.main([*spec, "--prompt", "a red fox", picture]) == 0
+    alone = float(capsys.readouterr().out.split()[-2])
+    assert float(rows[0]["pickscore"]) == pytest.approx(alone, abs=1e-4) != pytest.approx(float(rows[1]["pickscore"]))
+
+    shutil.copy(picture, tmp_path / "samples" / "00002-5.png")
+    assert reward_commands.main([*command, str(tmp_path / "samples")]) == 2
+    assert "2 prompts, but there is 00002-*.png" in capsys.readouterr().err
+    assert reward_commands.main([*command, picture]) == 2
+    assert "2 prompts for 1 images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(folders, tmp_path, value):
+    shutil.copytree(folders["pickscore"], tmp_path / "broken")
+    file = next((tmp_path / "broken").glob("*.safetensors"))
+    weights = load_file(file)
+    weights["visual_projection.weight"][0, 0] = value
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="visual_projection.weight contains NaN or infinite values"):
+        rewards.load("pickscore", tmp_path / "broken")
 
 
 def test_the_converter_writes_what_mps_can_load(tmp_path, capsys):

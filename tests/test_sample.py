@@ -51,6 +51,7 @@ def test_writes_images_with_their_settings_and_a_grid(tmp_path, run, mini, base_
     assert Image.open(tmp_path / "00000-1.png").size == (64, 64)
 
 
+@pytest.mark.slow
 def test_every_switch_gives_the_same_image_if_base_and_tuned_model_are_equal(tmp_path, run, base_unet):
     for switch in (0, 2, 4):
         flags = ["--checkpoint", base_unet, "--switch", str(switch), "--guidance", "1", "--images-per-prompt", "1"]
@@ -107,7 +108,15 @@ def test_bf16_networks_sample_without_autocast(tmp_path, run, base_unet, monkeyp
     assert 0 < (float32 - bf16).abs().mean() < 4 and float32.std() > 20
 
 
-@pytest.mark.parametrize("method, switch", [("refl", 10), ("imagerefl", 30), ("diffusion", 0), (None, 30)])
+@pytest.mark.parametrize(
+    "method, switch",
+    [
+        ("refl", 10),
+        pytest.param("imagerefl", 30, marks=pytest.mark.slow),
+        ("diffusion", 0),
+        pytest.param(None, 30, marks=pytest.mark.slow),
+    ],
+)
 def test_the_default_switch_of_each_method_is_the_papers(method, switch, tmp_path, mini, monkeypatch):
     header = {"method": method, "base": mini} if method else {}
     unet, schedules = tmp_path / "unet", []

@@ -92,7 +92,7 @@ def test_a_bf16_copy_is_as_accurate_as_autocast(unet):
     assert 0 < error < 1.5 * autocast_error + 1e-3
 
 
-@pytest.mark.parametrize("frozen_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen_dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_each_network_is_compiled_once(unet, vae, monkeypatch, frozen_dtype):
     """Checking the gradients compiles the graphs of training; only the copy's follows, in its first step."""
     graphs, compiler = [], torch.compile
@@ -274,6 +274,7 @@ def test_a_copy_with_only_fused_upsampling_follows_a_change_of_dtype(unet, monke
     assert torch.allclose(ours, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_one_model_at_a_time_samples_the_same_images(tmp_path):
     """Only one UNet is in memory, and each is loaded once for all batches."""
     paths = [tmp_path / name for name in ("base", "tuned")]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from training import run_folder
 from utils import cli, disk
 
 ROOT = Path(__file__).parent.parent
+TORCH = metadata.version("torch").split("+")[0]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def wait_for_log(folder: Path, process: subprocess.Popen) -> None:
         assert process.poll() is None
 
 
-@pytest.mark.parametrize("closed", ["stdout", "both"])
+@pytest.mark.parametrize("closed", ["stdout", pytest.param("both", marks=pytest.mark.slow)])
 def test_a_reader_that_quits_does_not_end_the_run(closed, mini, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
@@ -49,7 +51,7 @@ def test_a_reader_that_quits_does_not_end_the_run(closed, mini, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGHUP])
 def test_a_signal_with_the_terminal_gone_saves(number, mini, tmp_path):
     reader, writer = os.pipe()
     words = training(mini, tmp_path / "run", "--steps", "100000")
@@ -128,3 +130,21 @@ def test_a_seed_out_of_range_is_refused_by_name(command, capsys):
     with pytest.raises(SystemExit) as exit:
         module.parse_args(["--seed", str(2**64)])
     assert exit.value.code == 2 and "--seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("requirement, ends", [("torch==1.0.0", True), (f"torch=={TORCH}", False)])
+def test_a_torchvision_of_another_build_is_named_in_one_line(tmp_path, requirement, ends):
+    """transformers imports it, and fails with a traceback of sixty lines."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    (tmp_path / "torchvision-9.9.dist-info").mkdir()
+    (tmp_path / "torchvision-9.9.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torchvision\nVersion: 9.9\nRequires-Dist: {requirement}\n"
+    )
+    command = [sys.executable, "weights.py", "inspect", "nowhere.safetensors"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(PYTHONPATH=str(tmp_path)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    line = "torchvision 9.9 does not fit torch", "torchvision::nms", "pip uninstall torchvision"
+    assert all((part in done.stderr) == ends for part in line)

@@ -146,6 +146,21 @@ def test_the_cache_is_bounded_in_bytes_and_reused(sd15, monkeypatch):
     assert len(sd15.cache) == 3
 
 
+def test_what_is_not_read_of_long_prompts_is_reported_once(sd15, capsys):
+    """77 tokens, the start and the end among them: 75 words of one token each are read."""
+    encoder = text_encoder.TextEncoder(sd15.models, sd15.tokenizers)
+    fits, long = "cat " * 75, "dog " * 74 + "red fox jumps"
+    assert torch.equal(encoder([long], (64, 64))["context"], encoder([long + " high"], (64, 64))["context"])
+    said = capsys.readouterr().err
+    assert "longer than the 77 tokens" in said and "'fox jumps'" in said and said.count("\n") == 1
+    encoder.cut_reported = False
+    encoder.report_cut(["a cat", fits, long, long, long + " high"])
+    assert "2 of 4 prompts are longer" in capsys.readouterr().err
+    encoder = text_encoder.TextEncoder(sd15.models, sd15.tokenizers)
+    encoder([fits], (64, 64))
+    assert capsys.readouterr().err == ""
+
+
 def test_encoders_are_frozen_and_move_together(sdxl):
     assert not any(p.requires_grad for model in sdxl.models for p in model.parameters())
     moved = copy.deepcopy(sdxl).to("cpu", torch.bfloat16)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 import train
 import weights
 from training import models, monitor, options
+from training import run as training_run
 from training.presets import SD15, SDXL, TINY
 
 
@@ -85,6 +86,16 @@ def test_the_monitor_compares_with_the_initial_scores_and_can_stop_the_run(
     output = capsys.readouterr()
     assert "update 4: over-optimisation: the reward rises" in output.err and "--stop-on-collapse" in output.out
     assert (tmp_path / "run" / "unet" / "config.json").is_file()
+
+
+def test_a_long_prompt_file_is_cut_for_the_table(tmp_path, fake_samples, capsys, monkeypatch):
+    asked, fake = [], monitor.generate_each
+    monkeypatch.setattr(monitor, "generate_each", lambda *args: asked.extend(args[6]) or fake(*args))
+    monkeypatch.setattr(training_run, "TABLE_PROMPTS", 2)
+    (tmp_path / "prompts.txt").write_text("fox\nowl\ncat\n")
+    run("--steps", "1", "--prompts", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "run"))
+    assert set(asked) == {"fox", "owl"}
+    assert "the first 2 of 3; evaluate.py measures all of them" in capsys.readouterr().out
 
 
 def test_lora_trains_only_adapters(tmp_path, one_prompt, fake_samples):

@@ -139,8 +139,8 @@ def test_an_adapter_of_a_v_prediction_model_is_refused(tmp_path):
 def fake_hub(monkeypatch, repository: Path) -> None:
     """A hub with one repository: a download copies the files that match the patterns."""
 
-    def snapshot_download(repo, allow_patterns):
-        folder = repository.parent / "snapshot"
+    def snapshot_download(repo, allow_patterns, revision=None):
+        folder = next(iter(weight_files.snapshots(repo)), repository.parent / "snapshot")
         for path in repository.rglob("*"):
             name = path.relative_to(repository).as_posix()
             if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
@@ -154,6 +154,18 @@ def fake_hub(monkeypatch, repository: Path) -> None:
 
 def test_a_downloaded_repository_is_checked_by_its_scheduler(tmp_path, monkeypatch):
     fake_hub(monkeypatch, pipeline(tmp_path / "repository", SD | {"prediction_type": "v_prediction"}))
+    assert "prediction_type v_prediction" in message("some/model")
+
+
+def test_a_repository_cached_without_its_scheduler_is_checked_all_the_same(tmp_path, monkeypatch, capsys):
+    """ComfyUI and others download a UNet alone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached = tmp_path / "cache" / "models--some--model" / "snapshots" / "abc"
+    shutil.copytree(pipeline(tmp_path / "repository", SD | {"prediction_type": "v_prediction"}), cached)
+    shutil.rmtree(cached / "scheduler")
+    weights.load_unet("some/model")
+    assert "some/model: its scheduler/ is not in the hub's cache" in capsys.readouterr().err
+    fake_hub(monkeypatch, tmp_path / "repository")
     assert "prediction_type v_prediction" in message("some/model")
 
 

@@ -393,6 +393,7 @@ def test_a_single_file_in_the_hubs_cache_is_read(tmp_path):
 # what is published beside the base models
 
 
+@pytest.mark.slow
 def test_the_authors_folders_contain_both_unets(tmp_path):
     folder = write_pipeline(tmp_path / "authors", "sdxl")
     (folder / "unet").rename(folder / "original_unet")

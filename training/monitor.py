@@ -87,7 +87,8 @@ def evaluate(run, base_steps: list[int]) -> list[Scores]:
     found = [{key: [] for key in scorers} for _ in range(count)]
     schedules = [combined_weights(STEPS, n) for n in base_steps]
     with samplers(run) as (base, tuned, vae):
-        for prompts, seeds in jobs_of(run, run.prompts, SEEDS):
+        jobs = list(jobs_of(run, run.prompts, SEEDS))
+        for prompts, seeds in tqdm(jobs, "scoring", unit="batch", leave=False):
             with autocast(run.args.device, run.args.dtype):
                 generated = generate_each(
                     base, tuned, vae, m.text, SCHEDULER, schedules, prompts, seeds, run.size, run.guidance

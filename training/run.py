@@ -23,6 +23,7 @@ from training.options import STEPS, resolve
 from utils import cli, device, distributed
 from weights import check_resolution, read_config
 
+TABLE_PROMPTS = 64  # at most, for the final table and --monitor
 SKIPS = 10  # updates in a row without a finite loss and gradient after which a run stops
 
 
@@ -42,6 +43,10 @@ def open_run(args: Namespace, load: Callable = load_models, resolve: Callable = 
     if main and not args.resume:
         cli.check_writable(run_folder.new_folder(args))
     prompts = read_prompts(args.prompts) if args.prompts else list(preset.prompts)
+    if len(prompts) > TABLE_PROMPTS:
+        if main:
+            print(f"--prompts:       the first {TABLE_PROMPTS} of {len(prompts):,}; evaluate.py measures all of them")
+        prompts = prompts[:TABLE_PROMPTS]
     if args.monitor and len(prompts) < 2:
         raise ValueError("--monitor needs several prompts for its standard errors: --prompts must name two or more")
     data = data_of(args)

@@ -3,10 +3,12 @@
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 
@@ -18,7 +20,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=style, allow_abbrev=False, **settings)
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        return self.parse_args(self.with_dashes(argv))
+        args = self.parse_args(self.with_dashes(argv))
+        if reason := broken_torchvision():
+            self.exit(2, f"{self.prog}: {reason}\n")
+        return args
 
     def given(self, argv: list[str] | None = None) -> dict:
         """The flags on the command line, without defaults."""
@@ -39,6 +44,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def broken_torchvision() -> str | None:
+    """What to do about a torchvision of another build than torch's: transformers would import it, and fail."""
+    try:
+        installed, needed = metadata.version("torch").split("+")[0], metadata.requires("torchvision") or []
+        if any(re.fullmatch(rf"torch ?\(?=={re.escape(installed)}\)?", line.split(";")[0].strip()) for line in needed):
+            return None
+        import torchvision  # noqa: F401 - slow, and only where the versions differ
+    except metadata.PackageNotFoundError:
+        return None
+    except Exception as error:
+        versions = f"torchvision {metadata.version('torchvision')} does not fit torch {installed}"
+        reason = " ".join(str(error).split())[:80]
+        return f"{versions} ({reason}); nothing here needs it, so uninstall it: pip uninstall torchvision"
+    return None
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
