@@ -2,5 +2,8 @@
 
 import os
 
-IN_PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
-os.environ.setdefault("OMP_NUM_THREADS", "1" if IN_PARALLEL else str(os.cpu_count()))  # before torch is imported
+
+def pytest_configure(config) -> None:
+    """One thread in each of several processes, before any of them imports torch."""
+    parallel = hasattr(config, "workerinput") or getattr(config.option, "numprocesses", None)
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if parallel else str(os.cpu_count()))

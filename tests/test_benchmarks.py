@@ -66,12 +66,12 @@ def test_networks_without_diffusers(monkeypatch):
 def test_a_dry_run_prints_every_row_in_order_and_writes_nothing(tmp_path):
     done = command("benchmarks/gpu.py", "--dry-run", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()[2:]]
+    lines = [line.replace("*", "").split() for line in done.stdout.splitlines()[2:]]
     assert [line[0] for line in lines] == [row.name for row in gpu.ROWS]
     assert [line[0][0] for line in lines] == sorted(line[0][0] for line in lines)  # (a) to (f)
     seconds, ends = ([float(line[i]) for line in lines] for i in (1, 2))
     assert min(seconds) > 0 and ends == sorted(ends) and ends[-1] == pytest.approx(sum(seconds), abs=len(lines))
-    assert next(end for line, end in zip(lines, ends, strict=True) if line[0] == "b-plan") <= 240  # (b) in 4 minutes
+    assert next(end for line, end in zip(lines, ends, strict=True) if line[0] == "b-plan") <= 240  # eager (b)
     assert not list(tmp_path.iterdir())
 
 

@@ -151,6 +151,7 @@ def test_repeated_prompts_are_counted_once_and_reported(tmp_path):
     assert not any("repeat" in note for note in once["notes"])
 
 
+@pytest.mark.slow
 def test_right_concept_is_measured_on_prompts_that_name_one(tmp_path):
     names, free = "octopus, flat style\nfox\n", "a purple dream of the sea\n"
     found = {}

@@ -25,7 +25,10 @@ LAYERS = (  # a file imports from its own layer and those before it
     ("tiny", "benchmarks", "docs"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-LAZY = {("rewards", "pretrained")}  # inside a function or `if __name__`: `rewards.load` loads pretrained networks
+LAZY = {  # inside a function or `if __name__`
+    ("rewards", "pretrained"): "`rewards.load` loads pretrained networks",
+    ("pretrained", "training"): "the command `rewards.py score` reads prompt files",
+}
 UPWARD = {  # known exceptions, each with its reason
     ("training", "weights"): "weights.py is also the Python API of pretrained/",
 }

@@ -170,7 +170,9 @@ x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="
 
 
 @x86
-@pytest.mark.parametrize("name", ["unet_sd15_mini", pytest.param("unet_sdxl_mini", marks=pytest.mark.slow), "vae"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("unet_sd15_mini", "unet_sdxl_mini")), "vae"]
+)
 def test_prepacking_changes_no_output(name, vae):
     """In float32 up to rounding, also for other input sizes; in bf16 as accurate as autocast."""
     if name == "vae":

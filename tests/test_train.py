@@ -64,6 +64,7 @@ def test_imagerefl_writes_log_weights_and_table(tmp_path, one_prompt, capsys, mo
     assert all(torch.equal(t, vae.state_dict()[key]) for key, t in weights.load_vae("tiny").state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_monitor_compares_with_the_initial_scores_and_can_stop_the_run(
     tmp_path, one_prompt, fake_samples, capsys, monkeypatch
 ):

@@ -703,6 +703,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(call, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
+@pytest.mark.slow
 def test_convert_writes_and_inspect_describes(tmp_path):
     pipeline, path = pipeline_of("sdxl"), tmp_path / "x.safetensors"
     call = ["convert", str(pipeline), str(path), "--layout", "single-file", "--dtype", "fp16"]
