@@ -23,6 +23,7 @@ from pathlib import Path
 SCALE = {
     "tiny": (0.0, 0.1),  # PickScores of the embedded base: about 3 for a wrong caption, 7 for the base's samples
     "tiny2": (0.0, 0.1),
+    "rater": (0.0, 0.1),  # the ground truth of the tiny base, `tiny/rater.py`: 10 for a perfect image
     "hpsv2.1": (0.0, 1.0),  # a cosine, 0.15 to 0.40
     "hpsv2.0": (0.0, 1.0),
     "pickscore": (-20.0, 0.1),  # 20 -> 0, 22 -> 0.2, 30 -> 1
@@ -87,13 +88,19 @@ def load(name: str, source: str | Path | None = None, device="cpu", dtype=None, 
     """The reward `name`, one of `NAMES`.
 
     source: a weight file, or a folder with it, the tokenizer's files and, if the sizes are not the published ones, a
-    `config.json`; None means the hub's local cache, or for `tiny` and `tiny2` this repository.
+    `config.json`; None means the hub's local cache, or for `tiny`, `tiny2` and `rater` this repository.
     dtype: of the vision tower, None (float32) or torch.bfloat16. original: preprocess as the reward's own repository
     does, not as the paper does; of these only HPSv2's preprocessing is differentiable.
     Raises ValueError or FileNotFoundError, in one line that says what to do.
     """
     if name not in NAMES:
         raise ValueError(f"unknown reward {name!r}; known: {', '.join(NAMES)}")
+    if name == "rater":
+        from tiny.rater import Rater
+
+        if source:
+            raise ValueError(f"rater: has no weights to read from {source}; leave out --reward-weights")
+        return Rater(device)
     from pretrained import preprocess, reward_networks
 
     network, text = reward_networks.load(name, source, device, dtype)

@@ -27,6 +27,7 @@ LAYERS = (  # a file imports from its own layer and those before it
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 LAZY = {  # inside a function or `if __name__`
     ("rewards", "pretrained"): "`rewards.load` loads pretrained networks",
+    ("rewards", "tiny"): "and the ground truth of the tiny base",
     ("pretrained", "training"): "the command `rewards.py score` reads prompt files",
 }
 UPWARD = {  # known exceptions, each with its reason

@@ -153,7 +153,8 @@ def resolve(args: Namespace, preset: presets.Preset) -> None:
     args.lr = preset.lr if args.lr is None else args.lr
     args.start = preset.start if args.start is None else args.start
     args.resolution = args.resolution or preset.resolution
-    args.shift = preset.shift if args.shift is None else args.shift
+    if args.shift is None:
+        args.shift = 0 if "rater" in args.reward else preset.shift  # the rater sees no places outside its world
     args.device = device.choose_device(args.device)
     if args.judge is None and args.reward == "tiny":
         args.judge = "tiny2"
