@@ -5,14 +5,16 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from docs import make_diagrams
 from training import presets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_TO_CODE = ROOT / "docs" / "paper_to_code.md"
-OTHERS = ("docs/paper_vs_official_code.md", "docs/reliability.md", "README.md")
+OTHERS = ("docs/paper_vs_official_code.md", "docs/reliability.md", "docs/glossary.md", "README.md")
 DOCUMENTS = [PAPER_TO_CODE, *(ROOT / name for name in OTHERS)]
 EQUATIONS = (1, 2, 3, 4, 5)
 
@@ -224,6 +226,13 @@ def test_the_checks_can_fail():
 def test_ci_runs_the_readmes_test_command_word_for_word():
     (command,) = [line for line in code_of((ROOT / "README.md").read_text()) if line.endswith("/pytest -n auto")]
     assert command in [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name, draw", [("steps", "steps_diagram"), ("schedule", "schedule_diagram")])
+def test_the_diagrams_are_those_of_the_code(name, draw):
+    drawn = getattr(make_diagrams, draw)()
+    assert (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8") == drawn, "run python docs/make_diagrams.py"
+    ElementTree.fromstring(drawn)
 
 
 def test_the_readme_is_short():

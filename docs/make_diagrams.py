@@ -1,0 +1,170 @@
+"""Draw the diagrams of the documents from the code: docs/steps.svg and docs/schedule.svg.
+
+    python docs/make_diagrams.py
+
+Sizes are pixels of a page 720 wide. Colours are Okabe and Ito's, which colour-blind people tell apart; text and lines
+follow the reader's light or dark theme.
+"""
+
+import sys
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from combined import aig_weights, combined_weights
+from imagerefl import REFL_EVERY
+from refl import T_MAX
+from scheduler import Scheduler
+from utils import disk
+
+WIDTH, LEFT, CELL = 720, 140, 14
+BASE, TUNED, REWARD, DIFFUSION, PLAIN = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#9a9a9a"
+STYLE = """<style>
+  text { font: 13px system-ui, sans-serif; fill: #222 }
+  .small { font-size: 12px; fill: #555 } .bold { font-weight: 600 } .on { fill: #111 }
+  .line { stroke: #555; fill: none } .frame { stroke: #999; fill: none } .faint { stroke: #999; stroke-dasharray: 2 3 }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #eee } .small { fill: #bbb } .on { fill: #111 } .line { stroke: #bbb } .frame, .faint { stroke: #888 }
+  }
+</style>"""
+SCHEDULER = Scheduler(40)
+STEPS = len(SCHEDULER.steps)
+T_PRIME, T_F = 30, 34  # t' of SD1.5, and a t_f as it might be drawn
+
+
+def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def box(x: float, y: float, width: float, height: float, colour: str, opacity: float = 1) -> str:
+    size = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect {size} fill="{colour}" fill-opacity="{opacity:.3f}"/>'
+
+
+def cells(y: float, first: int, last: int, colour: str, opacity: float = 1) -> str:
+    """Step indices first..last of a row."""
+    return "".join(box(LEFT + CELL * i + 1, y, CELL - 2, 20, colour, opacity) for i in range(first, last + 1))
+
+
+def document(height: float, parts: list[str], label: str) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">'
+    return "\n".join([head, STYLE, *parts, "</svg>"]) + "\n"
+
+
+def steps_diagram() -> str:
+    """What each method does at each of the 40 steps."""
+    parts, marks = [], [0, 10, 20, 30, STEPS - 1]
+    counts = {
+        "step index": lambda i: i,
+        "countdown (T')": lambda i: STEPS - i,
+        "timestep": SCHEDULER.timesteps.__getitem__,
+    }
+    for row, (name, count) in enumerate(counts.items()):
+        y = 18 + 17 * row
+        parts.append(text(0, y, name, "small"))
+        parts += [text(LEFT + CELL * (i + 0.5), y, str(count(i)), "small", "middle") for i in marks]
+    parts += [
+        f'<line class="faint" x1="{LEFT + CELL * i}" x2="{LEFT + CELL * i}" y1="90" y2="306"/>' for i in (10, 20, 30)
+    ]
+
+    y = 84
+    parts += [text(0, y, "Training", "bold"), text(LEFT, y, "from noise (left) to an image (right)", "small")]
+    parts += [text(0, y + 27, "ReFL"), cells(y + 12, 0, T_F - 1, PLAIN), cells(y + 12, T_F, T_F, REWARD)]
+    parts += [text(0, y + 57, "ImageReFL"), cells(y + 42, T_PRIME, T_PRIME, DIFFUSION)]
+    parts += [cells(y + 42, T_PRIME + 1, T_F - 1, PLAIN), cells(y + 42, T_F, T_F, REWARD)]
+    parts.append(text(LEFT + CELL * T_PRIME - 8, y + 57, "a real image, noised to t'", "small", "end"))
+    for row, first in ((12, STEPS - T_MAX), (42, T_PRIME)):
+        x = LEFT + CELL * first
+        parts.append(text(LEFT + CELL * (T_F + 1) + 4, y + row + 15, "→ x₀ → R", "small"))
+        parts.append(
+            f'<rect class="frame" x="{x}" y="{y + row - 3}" width="{CELL * (STEPS - first)}" height="26" rx="3"/>'
+        )
+    parts.append(text(LEFT + CELL * STEPS, y + 86, "frame: t_f is drawn here, for instance 34", "small", "end"))
+
+    y = 200
+    parts += [text(0, y, "Sampling", "bold")]
+    for row, (name, weights) in enumerate(
+        {
+            "Combined 30 + 10": combined_weights(STEPS, 30),
+            "Combined 10 + 30": combined_weights(STEPS, 10),
+            "AIG": aig_weights(STEPS),
+        }.items()
+    ):
+        top = y + 12 + 30 * row
+        parts.append(text(0, top + 15, name))
+        for i, w in enumerate(weights):
+            parts += [cells(top, i, i, BASE, 1 - w), cells(top, i, i, TUNED, w)]
+    for name, first, last in (("T' = 10", 30, STEPS), ("T' = 30", 10, STEPS)):
+        row = 0 if first == 30 else 1
+        parts.append(text(LEFT + CELL * (first + last) / 2, y + 27 + 30 * row, name, "on", "middle"))
+
+    y = 330
+    legend = {
+        PLAIN: "no gradient",
+        REWARD: "reward, gradient",
+        DIFFUSION: "diffusion loss, gradient",
+        BASE: "base model",
+        TUNED: "tuned model",
+    }
+    x = 0
+    for colour, words in legend.items():
+        parts += [box(x, y - 11, 12, 12, colour), text(x + 17, y, words, "small")]
+        x += 40 + 6.6 * len(words)
+    y = 362
+    parts.append(text(0, y, "Updates", "bold"))
+    for k in range(12):
+        is_refl = k % REFL_EVERY == REFL_EVERY - 1
+        parts.append(box(LEFT + 34 * k, y - 15, 31, 20, REWARD if is_refl else DIFFUSION))
+        parts.append(text(LEFT + 34 * k + 15.5, y, "R" if is_refl else "I", "on", "middle"))
+    parts.append(text(LEFT + 34 * 12 + 6, y, "I: ImageReFL, R: ReFL", "small"))
+    return document(374, parts, "What ReFL, ImageReFL, combined generation and AIG do at each of 40 steps")
+
+
+def panel(
+    x: float, title: str, curves: dict[str, tuple[list[float], list[float], str]], top: float, xs: list[int]
+) -> list:
+    """A plot 200 wide from 0 to `top`: curves are name -> (step indices, values, colour)."""
+    width, height, y0 = 196, 130, 190
+    first, last = xs[0], xs[-1]
+
+    def place(i: float, value: float) -> tuple[float, float]:
+        return x + width * (i - first) / (last - first), y0 - height * value / top
+
+    parts = [text(x, 24, title, "bold"), f'<path class="line" d="M{x} {y0 - height} V{y0} H{x + width}"/>']
+    parts += [text(place(i, 0)[0], y0 + 16, str(i), "small", "middle") for i in xs]
+    parts += [text(x + 4, y0 - height - 5, f"{top:g}", "small")]
+    parts += [text(x + width / 2, y0 + 33, "step index", "small", "middle")]
+    for k, (name, (indices, values, colour)) in enumerate(curves.items()):
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in map(place, indices, values))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+        if len(curves) > 1:
+            parts += [box(x, y0 + 46 + 17 * k, 12, 4, colour), text(x + 17, y0 + 53 + 17 * k, name, "small")]
+    return parts
+
+
+def schedule_diagram() -> str:
+    """The noise schedule with t' marked, how strongly each t_f acts, and the weights of the tuned model."""
+    abar, steps = SCHEDULER.abar[SCHEDULER.timesteps].tolist(), list(SCHEDULER.steps)
+    late = steps[STEPS - T_MAX :]
+    strength = [((1 - abar[i]) / abar[i]) ** 0.5 for i in late]
+    parts = panel(8, "Share of signal, ᾱ", {"": (steps, abar, BASE)}, 1, [0, 10, 20, 30, 39])
+    x = 8 + 196 * T_PRIME / (STEPS - 1)
+    parts += [f'<line class="faint" x1="{x:.1f}" x2="{x:.1f}" y1="60" y2="190"/>', text(x - 5, 76, "t'", "", "end")]
+    parts += panel(262, "Weight of ε_θ in x_0 at t_f", {"": (late, strength, REWARD)}, 0.8, [30, 33, 36, 39])
+    weights = {
+        "Combined 30 + 10": (steps, combined_weights(STEPS, 30), TUNED),
+        "Combined 10 + 30": (steps, combined_weights(STEPS, 10), DIFFUSION),
+        "AIG, λ = 1": (steps, aig_weights(STEPS), BASE),
+    }
+    parts += panel(516, "Weight of the tuned model", weights, 1, [0, 10, 20, 30, 39])
+    return document(300, parts, "The noise schedule, the weight of each t_f, and the weights of the tuned model")
+
+
+def main() -> None:
+    for name, draw in (("steps", steps_diagram), ("schedule", schedule_diagram)):
+        disk.write_text(ROOT / "docs" / f"{name}.svg", draw())
+
+
+if __name__ == "__main__":
+    main()
