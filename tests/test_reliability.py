@@ -402,6 +402,26 @@ def test_a_changed_flag_is_refused_by_name_unless_overridden(mini, tmp_path, fas
         resume(folder, "--ema", "0.9", "--override", "--steps", "4")
 
 
+def test_a_run_is_continued_elsewhere_and_after_its_files_moved(mini, tmp_path, fast, monkeypatch, capsys):
+    """Relative paths mean those where the run was started; a flag may name the new place of what is gone."""
+    folder = tmp_path / "run"
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / "prompts.txt").write_text("owl\n")
+    monkeypatch.chdir(tmp_path / "here")
+    begin(mini, folder, "--method", "diffusion", "--steps", "1", "--prompts", "prompts.txt")
+    monkeypatch.chdir(tmp_path / "there")
+    resume(folder, "--steps", "2")
+    assert json.loads((folder / "run.json").read_text())["args"]["prompts"] == str(tmp_path / "here" / "prompts.txt")
+    (tmp_path / "there" / "moved.txt").write_text("owl\n")
+    with pytest.raises(ValueError, match="--prompts moved.txt .was .*changes the result"):
+        resume(folder, "--steps", "3", "--prompts", "moved.txt")
+    (tmp_path / "here" / "prompts.txt").unlink()
+    resume(folder, "--steps", "3", "--prompts", "moved.txt")
+    assert "prompts.txt is gone, taken from moved.txt" in capsys.readouterr().err
+    assert len(log_of(folder)) == 3
+
+
 # ------------------------------------------------------------------------------------------------ several processes
 
 

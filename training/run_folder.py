@@ -17,6 +17,7 @@ from weights import save_unet
 
 # Flags that change no number, or only by the order of a sum.
 RESUMABLE_FLAGS = {"resume", "override", "shard", "sample_every", "monitor", "save_every", "save_minutes", "keep"}
+PATHS = ("base", "data", "images", "prompts", "reward_weights", "judge_weights", "dino")  # flags that may name a path
 
 
 def candidates(args: Namespace) -> list[Path]:
@@ -67,7 +68,8 @@ def resume(args: Namespace) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"--resume {args.resume}: no run.json there, so no run to continue")
     try:
-        then = json.loads(path.read_text())["args"]
+        metadata = json.loads(path.read_text())
+        then, places = metadata["args"], metadata.get("places", {})
         free = RESUMABLE_FLAGS | ({"steps"} if then["lr_schedule"] == "constant" else set())
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--resume {args.resume}: its run.json is damaged; restore it, or start a new run") from None
@@ -77,6 +79,12 @@ def resume(args: Namespace) -> Path:
     if then.get("cache_latents") and args.method != "diffusion":
         raise ValueError(f"--resume {folder}: was trained on cached latents, which train.py no longer has; start again")
     changed = {key: value for key, value in args.given.items() if then.get(key) != value}
+    for key, place in places.items():
+        if key in changed and not Path(place).exists():
+            free = free | {key}
+            print(f"--{key.replace('_', '-')}: {place} is gone, taken from {changed[key]}", file=sys.stderr)
+        elif key not in changed and not Path(then[key]).exists() and Path(place).exists():
+            then[key] = place  # the run is continued in another folder than the one it was started in
     refused = [f"--{key.replace('_', '-')} {changed[key]} (was {then.get(key)})" for key in changed if key not in free]
     if refused and not args.override:
         raise ValueError(f"{', '.join(refused)}: changes the result of {folder}; leave it out, or add --override")
@@ -88,6 +96,10 @@ def begin(args: Namespace, folder: Path, update: int) -> dict:
     """Prepare the folder to continue after `update`; returns the content of its `run.json`."""
     metadata = json.loads((folder / "run.json").read_text()) if args.resume else {}
     metadata["args"] = {k: v for k, v in vars(args).items() if k not in ("resume", "override", "shard", "given")}
+    paths = {key: getattr(args, key, None) for key in PATHS}
+    metadata["places"] = {
+        key: str(Path(path).absolute()) for key, path in paths.items() if path and Path(path).exists()
+    }
     metadata.pop("finished", None)
     if args.resume:
         for name in ("states", "unet"):
