@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from training.captions import read_captions, read_coco, read_metadata
 from training.emoji import BACKGROUNDS, Composition, EmojiSet
@@ -162,7 +163,7 @@ class DataStream:
         for i, reason in sorted({i: reason for part in bad for i, reason in part.items()}.items()):
             if i not in self.left_out:
                 self.left_out.add(i)
-                print(f"left out: {reason}", file=sys.stderr)
+                tqdm.write(f"left out: {reason}", file=sys.stderr)
         return torch.stack(images), list(captions)
 
     def close(self) -> None:
