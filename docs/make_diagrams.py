@@ -65,7 +65,9 @@ def steps_diagram() -> str:
         parts.append(text(0, y, name, "small"))
         parts += [text(LEFT + CELL * (i + 0.5), y, str(count(i)), "small", "middle") for i in marks]
     parts += [
-        f'<line class="faint" x1="{LEFT + CELL * i}" x2="{LEFT + CELL * i}" y1="90" y2="306"/>' for i in (10, 20, 30)
+        f'<line class="faint" x1="{LEFT + CELL * i}" x2="{LEFT + CELL * i}" y1="{top}" y2="{end}"/>'
+        for i in (10, 20, 30)
+        for top, end in ((92, 152), (208, 306))
     ]
 
     y = 84
@@ -73,14 +75,22 @@ def steps_diagram() -> str:
     parts += [text(0, y + 27, "ReFL"), cells(y + 12, 0, T_F - 1, PLAIN), cells(y + 12, T_F, T_F, REWARD)]
     parts += [text(0, y + 57, "ImageReFL"), cells(y + 42, T_PRIME, T_PRIME, DIFFUSION)]
     parts += [cells(y + 42, T_PRIME + 1, T_F - 1, PLAIN), cells(y + 42, T_F, T_F, REWARD)]
-    parts.append(text(LEFT + CELL * T_PRIME - 8, y + 57, "a real image, noised to t'", "small", "end"))
+    parts.append(text(LEFT + CELL * T_PRIME - 8, y + 57, "a real image, noised to t' = step 30", "small", "end"))
     for row, first in ((12, STEPS - T_MAX), (42, T_PRIME)):
         x = LEFT + CELL * first
         parts.append(text(LEFT + CELL * (T_F + 1) + 4, y + row + 15, "→ x₀ → R", "small"))
         parts.append(
             f'<rect class="frame" x="{x}" y="{y + row - 3}" width="{CELL * (STEPS - first)}" height="26" rx="3"/>'
         )
-    parts.append(text(LEFT + CELL * STEPS, y + 86, "frame: t_f is drawn here, for instance 34", "small", "end"))
+    parts.append(
+        text(
+            LEFT + CELL * STEPS,
+            y + 86,
+            "frame: t_f is a random one of these steps, here 34; the later ones are not taken",
+            "small",
+            "end",
+        )
+    )
 
     y = 200
     parts += [text(0, y, "Sampling", "bold")]
@@ -101,21 +111,21 @@ def steps_diagram() -> str:
 
     y = 330
     legend = {
-        PLAIN: "no gradient",
-        REWARD: "reward, gradient",
-        DIFFUSION: "diffusion loss, gradient",
+        PLAIN: "tuned model, no gradient",
+        REWARD: "reward loss",
+        DIFFUSION: "diffusion loss",
         BASE: "base model",
         TUNED: "tuned model",
     }
     x = 0
     for colour, words in legend.items():
         parts += [box(x, y - 11, 12, 12, colour), text(x + 17, y, words, "small")]
-        x += 40 + 6.6 * len(words)
+        x += 34 + 6.5 * len(words)
     y = 362
-    parts.append(text(0, y, "Updates", "bold"))
+    parts.append(text(0, y, "Order of updates", "bold"))
     for k in range(12):
         is_refl = k % REFL_EVERY == REFL_EVERY - 1
-        parts.append(box(LEFT + 34 * k, y - 15, 31, 20, REWARD if is_refl else DIFFUSION))
+        parts.append(box(LEFT + 34 * k, y - 15, 31, 20, PLAIN, 0.9 if is_refl else 0.35))
         parts.append(text(LEFT + 34 * k + 15.5, y, "R" if is_refl else "I", "on", "middle"))
     parts.append(text(LEFT + 34 * 12 + 6, y, "I: ImageReFL, R: ReFL", "small"))
     return document(374, parts, "What ReFL, ImageReFL, combined generation and AIG do at each of 40 steps")
@@ -124,7 +134,7 @@ def steps_diagram() -> str:
 def panel(
     x: float, title: str, curves: dict[str, tuple[list[float], list[float], str]], top: float, xs: list[int]
 ) -> list:
-    """A plot 200 wide from 0 to `top`: curves are name -> (step indices, values, colour)."""
+    """A plot 200 wide from 0 to `top`: curves are name -> (step indices, values, dashes)."""
     width, height, y0 = 196, 130, 190
     first, last = xs[0], xs[-1]
 
@@ -133,14 +143,22 @@ def panel(
 
     parts = [text(x, 24, title, "bold"), f'<path class="line" d="M{x} {y0 - height} V{y0} H{x + width}"/>']
     parts += [text(place(i, 0)[0], y0 + 16, str(i), "small", "middle") for i in xs]
-    parts += [text(x + 4, y0 - height - 5, f"{top:g}", "small")]
+    parts += [text(x - 5, place(first, v)[1] + 4, f"{v:g}", "small", "end") for v in (0, top / 2, top)]
     parts += [text(x + width / 2, y0 + 33, "step index", "small", "middle")]
-    for k, (name, (indices, values, colour)) in enumerate(curves.items()):
+    for k, (name, (indices, values, dashes)) in enumerate(curves.items()):
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in map(place, indices, values))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{TUNED}" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
+        )
         if len(curves) > 1:
-            parts += [box(x, y0 + 46 + 17 * k, 12, 4, colour), text(x + 17, y0 + 53 + 17 * k, name, "small")]
+            line = f'<path d="M{x} {y0 + 49 + 17 * k} h30" stroke="{TUNED}" stroke-width="2.5"'
+            parts += [f'{line} stroke-dasharray="{dashes}"/>', text(x + 36, y0 + 53 + 17 * k, name, "small")]
     return parts
+
+
+def stairs(weights: list[float]) -> tuple[list[float], list[float]]:
+    """A curve that keeps each step's value until the next step."""
+    return [i + edge for i in range(STEPS) for edge in (0, 0.98)], [w for w in weights for _ in range(2)]
 
 
 def schedule_diagram() -> str:
@@ -148,16 +166,16 @@ def schedule_diagram() -> str:
     abar, steps = SCHEDULER.abar[SCHEDULER.timesteps].tolist(), list(SCHEDULER.steps)
     late = steps[STEPS - T_MAX :]
     strength = [((1 - abar[i]) / abar[i]) ** 0.5 for i in late]
-    parts = panel(8, "Share of signal, ᾱ", {"": (steps, abar, BASE)}, 1, [0, 10, 20, 30, 39])
-    x = 8 + 196 * T_PRIME / (STEPS - 1)
+    parts = panel(28, "Share of signal, ᾱ_t", {"": (steps, abar, "")}, 1, [0, 10, 20, 30, 39])
+    x = 28 + 196 * T_PRIME / (STEPS - 1)
     parts += [f'<line class="faint" x1="{x:.1f}" x2="{x:.1f}" y1="60" y2="190"/>', text(x - 5, 76, "t'", "", "end")]
-    parts += panel(262, "Weight of ε_θ in x_0 at t_f", {"": (late, strength, REWARD)}, 0.8, [30, 33, 36, 39])
+    parts += panel(270, "Weight of ε_θ at t_f = 30 .. 39", {"": (late, strength, "")}, 0.8, [30, 33, 36, 39])
     weights = {
-        "Combined 30 + 10": (steps, combined_weights(STEPS, 30), TUNED),
-        "Combined 10 + 30": (steps, combined_weights(STEPS, 10), DIFFUSION),
-        "AIG, λ = 1": (steps, aig_weights(STEPS), BASE),
+        "Combined 30 + 10": (*stairs(combined_weights(STEPS, 30)), ""),
+        "Combined 10 + 30": (*stairs(combined_weights(STEPS, 10)), "7 4"),
+        "AIG, λ = 1": (steps, aig_weights(STEPS), "2 3"),
     }
-    parts += panel(516, "Weight of the tuned model", weights, 1, [0, 10, 20, 30, 39])
+    parts += panel(512, "Weight of the tuned model", weights, 1, [0, 10, 20, 30, 39])
     return document(300, parts, "The noise schedule, the weight of each t_f, and the weights of the tuned model")
 
 

@@ -112,12 +112,10 @@ def test_the_workflow_fits_its_nodes_and_the_table():
 
 
 @pytest.mark.slow
-def test_diffusers_with_the_callback_of_the_page_draws_our_image():
+def test_diffusers_with_the_callback_of_the_page_draws_our_image(monkeypatch):
     """The code block of the page, word for word, on the tiny base with its tuned model."""
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    page = (ROOT / "docs" / "elsewhere.md").read_text()
-    code = page.split("```python\n")[1].split("```")[0].replace("7.5", "2.0")
     load = partial(StableDiffusionPipeline.from_pretrained, ROOT / "tiny" / "base", safety_checker=None)
     pipe, tuned = load(dtype=torch.float32), load(dtype=torch.float32).unet
     generator = torch.Generator().manual_seed(3)
@@ -125,12 +123,16 @@ def test_diffusers_with_the_callback_of_the_page_draws_our_image():
     with torch.no_grad():
         for p in tuned.parameters():
             p.mul_(1.01)  # a tuned model
-    names = {"pipe": pipe, "base": pipe.unet, "tuned": tuned, "N": 30, "prompt": "fox", "DDPMScheduler": DDPMScheduler}
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda _: pipe)
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda _: tuned)
+    page = (ROOT / "docs" / "elsewhere.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0].replace("7.5", "2.0")
     given = 'latents=latents, generator=generator, output_type="pt", num_inference_steps=40'
     code, count = code.replace("num_inference_steps=40", given), code.count("num_inference_steps=40")
     assert count == 1
     pipe.set_progress_bar_config(disable=True)
-    exec(code, names | {"latents": latents, "generator": generator}, names)
+    names = {"prompt": "fox", "latents": latents, "generator": generator}
+    exec(code, names)
     theirs = names["image"]
 
     ours_base, ours_tuned = weights.load_unet("tiny"), weights.load_unet("tiny")
