@@ -3,7 +3,7 @@
 OpenMP's threads wait for each other in every operation, so one thread whose core another program uses delays all: two
 threads on two cores, one of them busy, are slower than one thread. torch starts a thread per core, whatever a
 container's quota and other programs' load. Here the number follows both. Results depend on it by rounding only. Where
-OMP_NUM_THREADS or MKL_NUM_THREADS is set, as torchrun does, nothing is changed.
+OMP_NUM_THREADS or MKL_NUM_THREADS is set, as torchrun does, or torch.set_num_threads is called, nothing is changed.
 """
 
 import math
@@ -69,7 +69,7 @@ class Threads:
         self.cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
         self.most = max(1, math.floor(min(torch.get_num_threads(), quota())))
         self.fixed = any(os.environ.get(name) for name in USER_SETTINGS) or not os.path.exists("/proc/stat")
-        self.looked = -math.inf
+        self.chosen, self.looked = self.most, -math.inf
         if not self.fixed:
             torch.set_num_threads(self.most)
 
@@ -78,13 +78,15 @@ class Threads:
         now = time.monotonic()
         if self.fixed or now - self.looked < INTERVAL:
             return
+        if torch.get_num_threads() != self.chosen:  # somebody else has set it
+            self.fixed = True
+            return
         own = os.times()
         busy = busy_seconds(self.cores) - own.user - own.system
         if math.isfinite(self.looked):
             others = (busy - self.busy) / (now - self.looked)
-            threads = min(self.most, max(1, round(len(self.cores) - others)))
-            if threads != torch.get_num_threads():
-                torch.set_num_threads(threads)
+            self.chosen = min(self.most, max(1, round(len(self.cores) - others)))
+            torch.set_num_threads(self.chosen)
         self.looked, self.busy = now, busy
 
 

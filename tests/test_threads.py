@@ -94,6 +94,17 @@ def test_what_the_user_set_is_left_alone(machine, monkeypatch):
     assert torch.get_num_threads() == 3
 
 
+def test_a_later_call_of_set_num_threads_is_left_alone(machine):
+    follow = threads.Threads()
+    follow.follow_load(), machine(2, 1), follow.follow_load()
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(2)
+    for _ in range(2):
+        machine(2, 0)
+        follow.follow_load()
+    assert torch.get_num_threads() == 2
+
+
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux")
 def test_a_busy_process_is_seen():
     cores, before, own = os.sched_getaffinity(0), time.monotonic(), sum(os.times()[:2])
