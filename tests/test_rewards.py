@@ -553,7 +553,7 @@ def test_a_spec_is_parsed_or_refused_with_the_reason():
     assert rewards.parse("tiny") == [("tiny", 1.0)]
     for spec, reason in {
         "": "unknown reward ''",
-        "hps=1": "known: tiny, tiny2, hpsv2.1",
+        "hps=1": "known: tiny, tiny2, rater, hpsv2.1",
         "mps=": "weight of mps is ''",
         "mps=nan": "weight of mps is 'nan'",
         "mps=a": "weight of mps is 'a'",
