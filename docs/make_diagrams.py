@@ -134,7 +134,7 @@ def steps_diagram() -> str:
 def panel(
     x: float, title: str, curves: dict[str, tuple[list[float], list[float], str]], top: float, xs: list[int]
 ) -> list:
-    """A plot 200 wide from 0 to `top`: curves are name -> (step indices, values, dashes)."""
+    """A plot 196 wide from 0 to `top`: curves are name -> (step indices, values, dashes)."""
     width, height, y0 = 196, 130, 190
     first, last = xs[0], xs[-1]
 

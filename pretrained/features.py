@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from pretrained.inception import load_inception
 from pretrained.preprocess import CLIP_MEAN, CLIP_STD, preprocess
-from pretrained.weight_files import read_finite
+from pretrained.weight_files import all_finite, read_file
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -87,7 +87,7 @@ def _weight_file(folder: str | Path, repository: str) -> Path:
 def _load(kind: type, config, file: Path, **options) -> torch.nn.Module:
     """A frozen transformers model. Raises ValueError when the file lacks a weight or has another shape for it."""
     disable_progress_bar()
-    options |= {"state_dict": read_finite(file), "dtype": torch.float32}
+    options |= {"state_dict": all_finite(read_file(file), file), "dtype": torch.float32}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = kind.from_pretrained(None, config=config, **options)
     if wrong := sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]]):

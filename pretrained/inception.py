@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrained.weight_files import read_finite
+from pretrained.weight_files import all_finite, read_file
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -180,7 +180,7 @@ def load_inception(path: str | Path) -> Inception:
         raise FileNotFoundError(f"{path}: no Inception weights; {get} and put it there")
     with torch.device("meta"):
         model = Inception()
-    weights = read_finite(path)
+    weights = all_finite(read_file(path), path)
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:

@@ -27,7 +27,7 @@ from transformers import (
 
 from pretrained import reward_files
 from pretrained.mps import MPS
-from pretrained.weight_files import check_finite
+from pretrained.weight_files import all_finite
 from utils.device import to_device
 
 # --------------------------------------------------------------------------------------------- prompts -> ids
@@ -351,9 +351,7 @@ def load(name: str, source: str | Path | None, device, dtype: torch.dtype | None
     reward_files.check_digest(name, path)
     config = path.parent if (path.parent / "config.json").is_file() else None
     network, words = build_meta(name, config), tokenizer(name, vocabulary)
-    weights = reward_files.read_checkpoint(name, path)
-    for key, tensor in weights.items():
-        check_finite(f"{path}: {key}", tensor)
+    weights = all_finite(reward_files.read_checkpoint(name, path), path)
     load_strict(network, rename(name, weights), path)
     text = PromptFeatures(name, network.to(device), words)
     if dtype is not None:

@@ -356,9 +356,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
             raise ValueError(f"{name} contains NaN or infinite values")
 
 
-def read_finite(path: Path) -> dict[str, Tensor]:
-    """`read_file`, checked: raises ValueError that names a tensor with NaN or infinite values."""
-    tensors = read_file(path)
+def all_finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; raises ValueError that names one with NaN or infinite values."""
     for key, tensor in tensors.items():
         check_finite(f"{path}: {key}", tensor)
     return tensors

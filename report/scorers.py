@@ -22,14 +22,8 @@ from report.points import fingerprint
 from utils import disk
 from utils.images import to_tensor
 
-TABLE_SCALE = {
-    "hpsv2.1": 100,
-    "hpsv2.0": 100,
-    "clipscore": 100,
-    "tiny": 0.1,
-    "tiny2": 0.1,
-    "rater": 0.1,
-}  # as rewards are printed
+# As rewards are printed.
+TABLE_SCALE = {"hpsv2.1": 100, "hpsv2.0": 100, "clipscore": 100, "tiny": 0.1, "tiny2": 0.1, "rater": 0.1}
 
 Scorer = Callable[[Tensor, list[str]], dict[str, Tensor]]
 Batches = Iterable[tuple[Tensor, list[str]]]

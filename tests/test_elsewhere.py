@@ -1,6 +1,7 @@
 """docs/elsewhere.md: settings of other programs that equal Eq. 3, from the formulas of those programs."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import weights
 from combined import combined_weights, generate
 from scheduler import Scheduler
+from training import presets
 
 ROOT = Path(__file__).parent.parent
 OURS = Scheduler(40)
@@ -66,6 +68,15 @@ def test_comfyuis_euler_ancestral_takes_the_same_steps():
         assert up / there == pytest.approx(OURS.c[i].item(), abs=1e-9)
 
 
+def test_comfyuis_euler_takes_our_steps_without_fresh_noise():
+    ours, sigmas = Scheduler(40, eta=0.0), comfy_sigmas(40)
+    for i, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        there = (1 + after**2) ** 0.5
+        assert (1 + sigma**2) ** 0.5 / there == pytest.approx(ours.a[i].item(), abs=1e-12)
+        assert (after - sigma) / there == pytest.approx(ours.b[i].item(), abs=1e-9)
+    assert ours.abar[0].item() == pytest.approx(0.999, abs=5e-4)  # where A1111's last step ends
+
+
 def test_other_schedules_reach_the_switch_elsewhere():
     sigma = np.array([((1 - a) / a) ** 0.5 for a in OURS.abar.tolist()])
     normal = np.linspace(999, 0, 40)[30]
@@ -87,6 +98,16 @@ def test_the_cuts_of_a1111_and_diffusers_fall_between_the_same_steps():
         first = [t for t in OURS.timesteps if t >= cut]  # denoising_end keeps these
         second = [t for t in OURS.timesteps if t < cut]  # denoising_start those
         assert (len(first), len(second)) == (base_steps, 40 - base_steps)
+
+
+def test_the_switches_of_the_page_are_the_presets():
+    rows = re.findall(
+        r"^\| (ImageReFL|ReFL) \| (SD1.5|SDXL) \| (\d+) \|$", (ROOT / "docs/elsewhere.md").read_text(), re.M
+    )
+    bases = {"SD1.5": presets.SD15, "SDXL": presets.SDXL}
+    assert {(m, b): int(n) for m, b, n in rows} == {
+        (m, b): preset.switch[m.lower()] for b, preset in bases.items() for m in ("ReFL", "ImageReFL")
+    }
 
 
 def test_the_workflow_fits_its_nodes_and_the_table():
@@ -113,7 +134,7 @@ def test_the_workflow_fits_its_nodes_and_the_table():
 
 @pytest.mark.slow
 def test_diffusers_with_the_callback_of_the_page_draws_our_image(monkeypatch):
-    """The code block of the page, word for word, on the tiny base with its tuned model."""
+    """The code block of the page on the tiny base, with given noise and the guidance of that base."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     load = partial(StableDiffusionPipeline.from_pretrained, ROOT / "tiny" / "base", safety_checker=None)

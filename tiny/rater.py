@@ -16,16 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+import rewards
 from training.emoji import BACKGROUNDS, EmojiSet
 
 COARSE = 8  # side of the averaged pictures
 CANDIDATES = 32  # compared at full size
 BATCH = 32  # pictures whose distances to all compositions are in memory at once
 BEYOND_RECOGNITION = 0.4  # root mean square distance, for values in [-1, 1]
-SCALE = 10.0  # PickScore's scale, as of the other rewards of the tiny base
+PERFECT = 10.0  # the score of a real composition; on PickScore's scale, as the other rewards of the tiny base
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,21 @@ class Found:
     target: Tensor
 
 
-class Rater:
-    """A reward, like `rewards.Reward`: `(images (B, 3, 64, 64) in [-1, 1], prompts) -> (B,)`."""
-
-    name, offset, factor = "rater", 0.0, 0.1
+class Rater(rewards.Reward):
+    """The ground truth as a reward: `(images (B, 3, 64, 64) in [-1, 1], prompts) -> (B,)`."""
 
     def __init__(self, device: str = "cpu"):
-        emoji, self.device = EmojiSet(), device
+        emoji, self.device, self.name = EmojiSet(), device, "rater"
+        self.offset, self.factor = rewards.SCALE[self.name]
         self.concepts, self.styles, self.side = emoji.concepts, emoji.styles, emoji.cell
-        sizes = sorted({round(share * self.side) for share in np.linspace(0.86, 0.93, 50)})
-        self.places = [(z, x, y) for z in sizes for x in range(self.side - z + 1) for y in range(self.side - z + 1)]
+        self.places = [
+            (z, x, y) for z in emoji.sizes for x in range(self.side - z + 1) for y in range(self.side - z + 1)
+        ]
         self.colours = torch.tensor(list(BACKGROUNDS.values()), device=device) / 127.5 - 1  # (8, 3)
         self.layers, C, U = {}, [], []
         for concept in self.concepts:
             for style in self.styles:
-                for size in sizes:
+                for size in emoji.sizes:
                     self.layers[concept, style, size] = layers_of(emoji, concept, style, size)
                 layers = [self.placed(concept, style, *place) for place in self.places]
                 C.append(F.adaptive_avg_pool2d(torch.stack([c for c, _ in layers]), COARSE))
@@ -134,11 +134,7 @@ class Rater:
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         targets = torch.stack([found.target for found in self.look_up(images, prompts)])
         mean_square = (images.float() - targets).square().mean((1, 2, 3))
-        return SCALE * (1 - (mean_square + 1e-12).sqrt() / BEYOND_RECOGNITION)
-
-    def rescale(self, raw: Tensor) -> Tensor:
-        """Raw scores -> the scale of the loss."""
-        return (raw + self.offset) * self.factor
+        return PERFECT * (1 - (mean_square + 1e-12).sqrt() / BEYOND_RECOGNITION)
 
     def on_cpu(self) -> None:
         """There is no text encoder to move."""
@@ -146,9 +142,6 @@ class Rater:
 
 def layers_of(emoji: EmojiSet, concept: str, style: str, size: int) -> tuple[Tensor, Tensor]:
     """C (3, size, size) and U (1, size, size) of an emoji."""
-    column, row = emoji.styles.index(style) * emoji.cell, emoji.concepts.index(concept) * emoji.cell
-    cut = emoji.atlas.crop((column, row, column + emoji.cell, row + emoji.cell))
-    pixels = torch.from_numpy(np.asarray(cut.resize((size, size), Image.Resampling.LANCZOS)).copy())
-    pixels = pixels.permute(2, 0, 1).float()
+    pixels = torch.from_numpy(np.array(emoji.emoji(concept, style, size))).permute(2, 0, 1).float()
     alpha = pixels[3:] / 255
     return (pixels[:3] / 127.5 - 1) * alpha, 1 - alpha

@@ -125,8 +125,9 @@ def build_fake(args, unet_sizes: UNetConfig, vae_sizes: VAEConfig) -> FakeNetwor
     if args.method == "diffusion":
         return networks
     paths = (args.reward_weights or "").split(",")
-    networks_of = [(i, name) for i, (name, _) in enumerate(rewards.parse(args.reward)) if name != "rater"]
-    for i, name in networks_of:
+    for i, (name, _) in enumerate(rewards.parse(args.reward)):
+        if name == "rater":  # which has no network
+            continue
         folder = reward_files.EMBEDDED / name if name in ("tiny", "tiny2") else Path(paths[i] if i < len(paths) else "")
         has_config = folder != Path() and (folder / "config.json").is_file()
         network = reward_networks.build_meta(name, folder if has_config else None)

@@ -48,6 +48,7 @@ class EmojiSet:
         self.concepts, self.styles, self.cell = names["concepts"], names["styles"], names["cell"]
         self.backgrounds = list(BACKGROUNDS)
         self.atlas = Image.open(folder / "emoji.png").convert("RGBA")
+        self.sizes = range(round(0.86 * self.cell), round(0.93 * self.cell) + 1)  # sides of an emoji in pixels
         self.length, self.seed = length, seed
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ class EmojiSet:
         concept, style, background = (
             str(rng.choice(names)) for names in (self.concepts, self.styles, self.backgrounds)
         )
-        size = int(rng.integers(round(0.86 * self.cell), round(0.93 * self.cell) + 1))
+        size = int(rng.integers(self.sizes.start, self.sizes.stop))
         x, y = (int(v) for v in rng.integers(0, self.cell - size + 1, 2))
         says_style, says_background = rng.random(2) < 0.5
         caption = concept
@@ -70,11 +71,15 @@ class EmojiSet:
             caption += f", on {article} {background} background"
         return Composition(concept, style, background, size, x, y, caption)
 
+    def emoji(self, concept: str, style: str, size: int) -> Image.Image:
+        """An emoji with its alpha channel, `size` pixels wide."""
+        column, row = self.styles.index(style) * self.cell, self.concepts.index(concept) * self.cell
+        emoji = self.atlas.crop((column, row, column + self.cell, row + self.cell))
+        return emoji.resize((size, size), Image.Resampling.LANCZOS)
+
     def draw(self, c: Composition) -> Image.Image:
         """The picture of a composition."""
-        column, row = self.styles.index(c.style) * self.cell, self.concepts.index(c.concept) * self.cell
-        emoji = self.atlas.crop((column, row, column + self.cell, row + self.cell))
-        emoji = emoji.resize((c.size, c.size), Image.Resampling.LANCZOS)
+        emoji = self.emoji(c.concept, c.style, c.size)
         picture = Image.new("RGB", (self.cell, self.cell), BACKGROUNDS[c.background])
         picture.paste(emoji, (c.x, c.y), emoji)
         return picture
