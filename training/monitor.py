@@ -28,7 +28,7 @@ SEEDS = 4  # images per prompt that are scored
 SIGNIFICANT = 2.0  # a change is significant beyond this many standard errors
 GRID_PROMPTS = 6
 
-Scores = dict[str, Tensor]  # "reward", "judge" (the held-out reward) and "diversity", those that are measured
+Scores = dict[str, Tensor]  # "reward", each held-out reward by its name, and "diversity", those that are measured
 
 
 @contextmanager
@@ -78,12 +78,17 @@ def save_grid(run, path: Path) -> None:
     save_png(grid(rows, shown, heads), path)
 
 
+def rescaled(reward):
+    return lambda images, prompts: reward.rescale(reward(images, prompts))
+
+
 @torch.no_grad()
 def evaluate(run, base_steps: list[int]) -> list[Scores]:
-    """Scores for each number of base steps: reward and judge per image (N,), diversity per prompt (P,)."""
+    """Scores for each number of base steps: rewards per image (N,), diversity per prompt (P,)."""
     m, count = run.models, len(base_steps)
-    scorers = {"reward": m.reward, "judge": m.judge, "diversity": m.features and (lambda images, _: m.features(images))}
-    scorers = {key: score for key, score in scorers.items() if score is not None}
+    scorers = {"reward": m.reward} | {reward.name: rescaled(reward) for reward in (m.judge.rewards if m.judge else [])}
+    if m.features:
+        scorers["diversity"] = lambda images, _: m.features(images)
     found = [{key: [] for key in scorers} for _ in range(count)]
     schedules = [combined_weights(STEPS, n) for n in base_steps]
     with samplers(run) as (base, tuned, vae):
@@ -122,7 +127,7 @@ def layout(table: dict[str, dict[str, list[float]]]) -> str:
 
 def changes(first: Scores, now: Scores) -> dict[str, tuple[float, float]]:
     """Mean change of each score since the first check, and its standard error over prompts."""
-    return {key: metrics.paired_difference(now[key], first[key]) for key in now}
+    return {key: metrics.paired_difference(now[key], first[key]) for key in now if key in first}
 
 
 def overfits(change: dict[str, tuple[float, float]]) -> bool:
