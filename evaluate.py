@@ -34,7 +34,8 @@ REFERENCE_SEED = 20_000  # of the emoji that samples of the tiny base are compar
 def complete(args, row: presets.Preset) -> None:
     """Fill in the flags that were not given. Raises ValueError or OSError for values that cannot be used."""
     tiny = row is presets.TINY
-    args.rewards = args.rewards or ("tiny,tiny2" if tiny else row.reward)
+    known = presets.TINY_REWARDS[: 3 if args.prompts is None else 2]  # the rater knows no other prompts
+    args.rewards = args.rewards or (",".join(known) if tiny else row.reward)
     args.guidance = row.guidance if args.guidance is None else args.guidance
     args.resolution = args.resolution or row.resolution
     args.batch_size = args.batch_size or (64 if tiny else 8)
