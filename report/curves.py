@@ -172,16 +172,17 @@ def place_label(x: float, y: float, width: float, size: int, distances: list, bo
     return best
 
 
-def curves(results: dict, quality: str) -> str:
+def curves(results: dict, quality: str, against: str | None = None) -> str:
     """An SVG of the column `quality` against diversity: a line per checkpoint and kind, with standard errors.
 
+    `against`: another column instead of the diversity, such as `fid` (Figure 5).
     The base is a star; the table's rows are large and named; other points have their base steps or λ where there is
     room.
 
     With several training runs of a method, their spread shows the error, and only the rows have error bars. Points
     without both values are left out. Raises ValueError when none is left.
     """
-    points, keys = results["points"], (results["axes"]["diversity"], quality)
+    points, keys = results["points"], (against or results["axes"]["diversity"], quality)
     shown = [i for i, p in enumerate(points) if all(stat(p, key)[0] is not None for key in keys)]
     if not shown:
         raise ValueError(f"no point has both {keys[0]} and {quality}, so there is nothing to draw")

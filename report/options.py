@@ -60,6 +60,9 @@ def evaluate_args(argv: list[str] | None = None, description: str | None = None)
     add("--reading", default="ours", metavar="NAME",
         help="definition of CovDist and LogCovDist, see report/covariance_definitions.py (default: ours)")  # fmt: skip
 
+    add("--more-metrics", action="store_true",
+        help="also precision, recall, density, coverage, KID, MIND, Vendi; FD-DINOv2 if --dino is DINOv2")  # fmt: skip
+
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", default="evaluation", help="default: evaluation")
     add("--points", help="folder of sampled images and their scores, to share them (default: points/ in --output-dir)")
