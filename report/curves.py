@@ -172,6 +172,15 @@ def place_label(x: float, y: float, width: float, size: int, distances: list, bo
     return best
 
 
+def leader(x: float, y: float, room: float, box: tuple, paint: str) -> str:
+    """A line from a point to its label where the label is far away."""
+    near = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+    if math.dist((x, y), near) < room + 9:
+        return ""
+    ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{near[0]:.1f}" y2="{near[1]:.1f}"'
+    return f'<line {paint} {ends} stroke="currentColor" stroke-width="1" opacity=".6"/>'
+
+
 def curves(results: dict, quality: str, against: str | None = None) -> str:
     """An SVG of the column `quality` against diversity: a line per checkpoint and kind, with standard errors.
 
@@ -235,6 +244,7 @@ def curves(results: dict, quality: str, against: str | None = None) -> str:
         penalty, box = place_label(*at[i], 0.6 * size * len(label) + 2, size, near, boxes, spots, top)
         if size == 13 or penalty < 9:
             boxes.append(box)
+            words.append(leader(*at[i], room[i], box, style[group[i]][0]))
             words.append(
                 f'<text {style[group[i]][0]} x="{(box[0] + box[2]) / 2:.1f}" y="{box[3] - 0.2 * size:.1f}" '
                 f'font-size="{size}" font-weight="{600 if size == 13 else 400}" '

@@ -132,8 +132,8 @@ def over_T_prime(results: dict, folder: Path) -> Image.Image:
     shared = sorted(set.intersection(*(set(points) for points in found.values())))
     prompts = spread(list(range(len(results["prompts"]))), 2)
     rows, labels = [], []
-    for name, points in found.items():
-        for p in prompts:
+    for p in prompts:
+        for name, points in found.items():
             paths = [folder / points[n]["folder"] / f"{p:05d}-{results['seed']}.png" for n in shared]
             rows.append([Image.open(path).convert("RGB") for path in paths])
             labels.append(f"{METHODS.get(name, name)}: {short(results['prompts'][p])}")
