@@ -178,7 +178,7 @@ def leader(x: float, y: float, room: float, box: tuple, paint: str) -> str:
     if math.dist((x, y), near) < room + 9:
         return ""
     ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{near[0]:.1f}" y2="{near[1]:.1f}"'
-    return f'<line {paint} {ends} stroke="currentColor" stroke-width="1" opacity=".6"/>'
+    return f'<line {paint} {ends} stroke-width="1" opacity=".6"/>'
 
 
 def curves(results: dict, quality: str, against: str | None = None) -> str:
@@ -244,7 +244,7 @@ def curves(results: dict, quality: str, against: str | None = None) -> str:
         penalty, box = place_label(*at[i], 0.6 * size * len(label) + 2, size, near, boxes, spots, top)
         if size == 13 or penalty < 9:
             boxes.append(box)
-            words.append(leader(*at[i], room[i], box, style[group[i]][0]))
+            lines.append(leader(*at[i], room[i], box, style[group[i]][0]))
             words.append(
                 f'<text {style[group[i]][0]} x="{(box[0] + box[2]) / 2:.1f}" y="{box[3] - 0.2 * size:.1f}" '
                 f'font-size="{size}" font-weight="{600 if size == 13 else 400}" '
