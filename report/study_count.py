@@ -6,7 +6,7 @@ from csv import writer
 from io import StringIO
 from pathlib import Path
 
-from report import paper
+from report import paper, study_figure
 from report import study_statistics as statistics
 from report.study_plan import QUESTIONS, Contest, Vote, read_key, read_votes
 from report.study_statistics import grouped
@@ -153,6 +153,21 @@ def paper_table() -> list[str]:
     return lines_of(["The paper's Table 2, %", *table["columns"]], rows)
 
 
+def figure(votes: list[Vote], contests: list[Contest]) -> str:
+    """Table 2 as a picture: the contests, then the paper's set-ups."""
+    table, several, groups = paper.read()["Table 2"], len({c.setup for c in contests}) > 1, {}
+    for question in QUESTIONS:
+        rows = groups.setdefault(question.capitalize(), [])
+        for number, c in enumerate(contests):
+            if tasks := tasks_of(votes, number, question):
+                label = f"{c.first} : {c.second}" + f", {c.setup}" * several
+                rows.append((label, True, statistics.win_rate(tasks), statistics.win_rate_interval(tasks)))
+        for setup, value in zip(table["columns"], table["rows"][question.capitalize()], strict=True):
+            interval = statistics.normal_interval(value / 100, table["votes"])
+            rows.append((f"ImageReFL : ReFL, {setup}", False, value / 100, interval))
+    return study_figure.draw(groups)
+
+
 def votes_csv(votes: list[Vote], contests: list[Contest]) -> str:
     """All votes, one per line, for other statistics."""
     out = StringIO()
@@ -165,7 +180,7 @@ def votes_csv(votes: list[Vote], contests: list[Contest]) -> str:
 
 
 def count(folder: Path, files: list[Path]) -> str:
-    """Count the answers (default: all in the study's folder); writes table2.md and votes.csv, returns the text.
+    """Count the answers, by default all in the folder; writes table2.md, table2.svg and votes.csv, returns the text.
 
     Raises ValueError or OSError for a folder that is no study, or files that are not its answers.
     """
@@ -193,5 +208,6 @@ def count(folder: Path, files: list[Path]) -> str:
               + ", ".join(f"{statistics.votes_needed(p):,} for {100 * p:g} %" for p in NEEDED) + "."]  # fmt: skip
     text = "\n".join(lines) + "\n"
     disk.write_text(folder / "table2.md", text)
+    disk.write_text(folder / "table2.svg", figure(kept, contests))
     disk.write_text(folder / "votes.csv", votes_csv(votes, contests))
     return text

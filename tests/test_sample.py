@@ -163,7 +163,7 @@ def test_the_noise_of_an_image_depends_only_on_its_seed(tmp_path, run, base_unet
     assert pixels(tmp_path / "four", "00000-1.png") != pixels(tmp_path / "four", "00000-2.png")
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "reproduce.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "reproduce.py", "study.py"])
 def test_help_needs_no_torch(script):
     code = f"import sys; sys.argv = ['{script}', '--help']; import runpy\n"
     code += f"try: runpy.run_path('{script}', run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from statistics import mean
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from browser import Browser, needs_browser
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from test_report import SVG
 from test_report import make as make_evaluation
 
 import study
@@ -342,6 +344,20 @@ def test_a_careless_rater_is_left_out_and_files_are_checked(made, tmp_path):
         again.write_text(damage)
         with pytest.raises(ValueError, match=message):
             study_count.count(folder, [again])
+
+
+def test_the_picture_of_table_2_shows_rates_and_intervals():
+    votes = [Vote(0, task, rater, q, float(task < 15)) for task in range(20) for rater in range(3) for q in QUESTIONS]
+    svg = ElementTree.fromstring(study_count.figure(votes, [Contest("tiny", "ImageReFL", "ReFL")]))
+    ticks = {t.text: float(t.get("x")) for t in svg.iter(f"{SVG}text") if t.get("text-anchor") == "middle"}
+    dots = [float(c.get("cx")) for c in svg.iter(f"{SVG}circle")]
+    assert len(dots) == 1 + 3  # the legend's, and one for each question
+    per_point = (ticks["90"] - ticks["50"]) / 40
+    assert dots[1:] == pytest.approx([ticks["50"] + 25 * per_point] * 3, abs=0.2)
+    low, high = study_statistics.win_rate_interval([[float(task < 15)] * 3 for task in range(20)])
+    bars = [(float(b.get("x1")), float(b.get("x2"))) for b in svg.iter(f"{SVG}line") if b.get("stroke-width") == "2"]
+    assert len(bars) == 3 * 5
+    assert bars[0] == pytest.approx([ticks["50"] + (100 * v - 50) * per_point for v in (low, high)], abs=0.2)
 
 
 def test_three_methods_have_strengths(made, tmp_path):
