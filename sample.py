@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from training import presets
-from utils import cli, disk
+from utils import cli
 from utils.sample_options import parse_args
 
 if __name__ == "__main__":
@@ -31,6 +31,7 @@ from pretrained.loading import (
 )
 from scheduler import Scheduler
 from training.data import check_unicode, read_prompts
+from utils import disk
 from utils.acceleration import for_sampling
 from utils.device import choose_device, default_dtype, frozen_dtype, sampling_autocast
 from utils.images import grid, save_png, to_pil

@@ -22,7 +22,7 @@ from test_report import make as make_evaluation
 
 import study
 from report import study_count, study_statistics
-from report.study_plan import QUESTIONS, Item, Vote, answers_file, plan, read_key, read_votes, vote
+from report.study_plan import QUESTIONS, Contest, Item, Vote, answers_file, plan, read_key, read_votes, vote
 from utils import cli, disk
 
 PROMPTS = [f"caption {i}" for i in range(20)]
