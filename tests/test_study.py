@@ -167,6 +167,26 @@ def test_two_people_answer_in_a_browser(made, tmp_path):
     assert "| 1 | 60 | 100.0 | 100.0 | 50.0 |" in table
 
 
+@needs_browser
+def test_a_page_works_with_tab_and_enter_and_where_nothing_is_kept(made, tmp_path):
+    page = made / "study" / "rater-01.html"
+    item = shown_in(page)["items"][0]["id"]
+    with Browser(tmp_path) as browser:
+        browser.open(page)
+        assert browser.run("document.getElementById('unkept').hidden") is True
+        browser.press("Enter", "Tab", "Tab", "Tab", "Enter")  # Begin; Back, Save, the first answer
+        assert browser.run("answers") == {item: {"diversity": "upper"}}
+        assert browser.run("document.activeElement.closest('.now').textContent").startswith("Question 2")
+        browser.press("Tab", "Enter")
+        assert browser.run("answers")[item] == {"diversity": "upper", "accordance": "lower"}
+        script = "Storage.prototype.setItem = () => { throw new Error('no storage') }"
+        browser.call("Page.addScriptToEvaluateOnNewDocument", source=script)
+        browser.reload()
+        assert browser.run("document.getElementById('unkept').hidden") is False
+        browser.press("Enter", "3", "2", "1")
+        assert browser.run("answers")[item] == {"diversity": "none", "accordance": "lower", "attractiveness": "upper"}
+
+
 def answer_in(browser: Browser, page: Path, own: dict[str, Item]) -> Path:
     """Answer a page with keys: the first method is more diverse and more appealing, and accordance is a tie.
 
@@ -188,6 +208,7 @@ def answer_in(browser: Browser, page: Path, own: dict[str, Item]) -> Path:
         browser.press(key, key if item.kind == "attention" else "3")
         if k == 2:
             browser.resize(390, 844)
+            browser.run("new Promise(done => setTimeout(done, 800))")  # the browser stores in the background
             browser.reload()
             assert at() == [shown["id"], 2]
             assert browser.run("document.documentElement.scrollWidth") <= 390
