@@ -124,5 +124,5 @@ def make(
         disk.write_text(output / f"rater-{rater:02d}.html", html(study, rater, own, contests, evaluations))
     write_key(output / "key.json", study, contests, items)
     names = "; ".join(f"{c.first} against {c.second}, {c.setup}" for c in contests)
-    shared = f"{len(tasks)} tasks, {raters} raters each, {len(items)} items in {people} pages"
-    return f"{names}: {shared}, rater-01.html to rater-{people:02d}.html in {output}. Keep key.json to yourself."
+    shared = f"{len(tasks)} tasks, raters per task: {raters}, items with repeats and attention tasks: {len(items)}"
+    return f"{names}: {shared}\n{output}/rater-01.html to rater-{people:02d}.html; keep key.json to yourself"
