@@ -76,6 +76,55 @@ def test_no_grad_steps_on_a_float32_copy_change_nothing(unet, vae):
         assert torch.allclose(ours, expected, rtol=0, atol=1e-5 * expected.abs().max())
 
 
+def operations_of(call) -> tuple[int, int]:
+    """How many operations other than views a call runs, and how many numbers it converts to another dtype."""
+    names, converted = [], 0
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            nonlocal converted
+            output = f(*args, **(kwargs or {}))
+            names.extend([str(f)] if not f.is_view and "_unsafe_view" not in str(f) else [])
+            converted += output.numel() if f is torch.ops.aten._to_copy.default else 0
+            return output
+
+    with Counter(), torch.autocast("cpu", torch.bfloat16):
+        call()
+    return len(names), converted
+
+
+def test_adapters_on_bf16_weights_take_two_operations_a_layer_and_convert_no_full_weight(unet):
+    """The frozen weights are never converted; the adapters once per update, and in calls with gradients."""
+    unet, plain = unet.bfloat16().requires_grad_(False), copy.deepcopy(unet)
+    trained = lora.add(unet, 2, generator=seeded())
+    inference_copy, frozen = (InferenceCopy(net, net, torch.bfloat16, copied=False) for net in (unet, plain))
+    x, layers = rnd("x", 2, 4, 4, 4), len(lora.adapters(unet))
+    context = {"context": TEXT["context"].bfloat16()}
+    with torch.no_grad():
+        count, converted = operations_of(lambda: inference_copy(x, 5, **context))
+        expected, inputs = operations_of(lambda: frozen(x, 5, **context))
+    assert count - expected == 2 * layers and converted == inputs
+    assert operations_of(lambda: inference_copy(x, 5, **context))[1] - inputs == sum(p.numel() for p in trained)
+
+
+def test_rounded_adapters_follow_the_optimizer(unet):
+    unet = unet.bfloat16()
+    trained = lora.add(unet, 2, generator=seeded())
+    optimizer = torch.optim.AdamW(trained, 0.1)
+    net = speed.for_training(unet, unet, optimizer, torch.bfloat16, False, True)
+    x, context = rnd("x", 2, 4, 4, 4), {"context": TEXT["context"].bfloat16()}
+    with torch.no_grad():
+        before = net(x, 5, **context)
+    net(x, 5, **context).float().square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after, expected = net(x, 5, **context), unet(x, 5, **context)
+        for layer in lora.adapters(unet).values():
+            layer.rounded = None
+        exact = unet(x, 5, **context)
+    assert torch.equal(after, expected) and torch.equal(after, exact) and not torch.equal(after, before)
+
+
 def test_the_copy_runs_only_the_no_grad_steps(unet, vae):
     inference_copy = InferenceCopy(unet, unet, torch.float32)
     inference_copy.copy.load_state_dict({key: 0 * t for key, t in unet.state_dict().items()})

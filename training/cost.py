@@ -266,12 +266,17 @@ class MemoryModel:
             side = self.args.resolution // m.vae.factor
             x = torch.empty(self.IMAGES, m.vae.config.latent_channels, side, side)
             c = fake_conditioning(m.unet.config, self.IMAGES, torch.bfloat16)
+
+            def unet(*inputs, **conditioning) -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16, enabled=not self.args.lora):  # as `InferenceCopy` does
+                    return m.unet(*inputs, **conditioning)
+
             with torch.autocast("cpu", torch.bfloat16):
                 loss = 0
                 if method != "refl":
-                    loss = diffusion_loss(m.unet(x, 226, **c), x).mean()
+                    loss = diffusion_loss(unet(x, 226, **c), x).mean()
                 if method != "diffusion":
-                    loss = loss + reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, c, [], None)
+                    loss = loss + reward_loss(unet, m.vae, m.reward, SCHEDULER, x, 35, c, [], None)
             loss.backward()
         return self.memory.events[start:]
 
