@@ -35,7 +35,6 @@ from training.emoji import EmojiSet, caption_of
 from training.presets import TINY
 from utils.device import autocast
 
-CAPTIONS = 64  # per batch, with four pictures each
 HELD_OUT = 9_000_000  # seed of the pictures that measure a reward
 CONTRAST = 0.2  # weight of the contrastive loss
 OTHER_CONCEPT = 0.48  # distance of a picture to the nearest composition of another concept, the mean of 64
@@ -136,8 +135,9 @@ def real_pictures(count: int, seed: int, rater: Rater) -> Pictures:
 def generated_pictures(tuned: list[Path], count: int, seed: int, rater: Rater, batch: int) -> Pictures:
     """Samples of the base and of tuned models, and images predicted at one of the last steps, as training sees them.
 
-    Batches take turns: the base with guidance, then each tuned model after 0, 10, 20 or 30 steps of the base. Every
-    other batch is an image predicted from one of the last ten steps.
+    Batches take turns: the base with guidance, then each tuned model. Two of three rounds start from real images noised
+    to t', as ImageReFL does, the third from noise, with 0, 10, 20 or 30 steps by the base. Every other round ends with
+    an image predicted at one of the last ten steps.
     """
     device, scheduler, generator = rater.device, Scheduler(STEPS), torch.Generator().manual_seed(seed)
     base, vae, text = (load("tiny", device) for load in (weights.load_unet, weights.load_vae, weights.load_text))
@@ -145,15 +145,19 @@ def generated_pictures(tuned: list[Path], count: int, seed: int, rater: Rater, b
     emoji, images, concepts = EmojiSet(seed=seed), [], []
     for n in range(-(-count // batch)):
         shows = [emoji.describe(n * batch + i) for i in range(batch)]
-        model = models[n % len(models)]
-        base_steps = STEPS if model is base else (0, 10, 20, 30)[n // len(models) % 4]
-        last = STEPS - (n // len(models) % 2) * int(torch.randint(1, LAST + 1, (), generator=generator))
+        model, turn = models[n % len(models)], n // len(models)
+        base_steps = STEPS if model is base else (0, 10, 20, 30)[turn % 4]
+        last = STEPS - turn % 2 * int(torch.randint(1, LAST + 1, (), generator=generator))
         with autocast(device):
             c, c_empty = text([p.caption for p in shows], (64, 64)), text([""] * batch, (64, 64))
-            x = sample_noise((batch, vae.config.latent_channels, 8, 8), generator, device)
             predictors = cfg(base, c, c_empty, TINY.guidance), conditional(model, c)
+            first = 0 if turn % 3 == 2 else TINY.start
+            x = sample_noise((batch, vae.config.latent_channels, 8, 8), generator, device)
+            if first:
+                x0 = vae.sample(torch.stack([emoji[n * batch + i][0] for i in range(batch)]).to(device), generator)
+                x, base_steps = scheduler.add_noise(x0, x, scheduler.timesteps[first]), base_steps // STEPS * STEPS
             schedule = combined_weights(STEPS, base_steps)
-            x = combine(scheduler, *predictors, schedule, x, generator, scheduler.steps[:last])
+            x = combine(scheduler, *predictors, schedule, x, generator, scheduler.steps[first:last])
             if last < STEPS:
                 t = scheduler.timesteps[last]
                 x = scheduler.predict_x0(x, predictors[1](x, t), t)
@@ -248,14 +252,14 @@ def shifted(images: Tensor, rng: np.random.Generator) -> Tensor:
     return images[one, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, updates: int, lr: float, device: str) -> None:
-    """PickScore's objective, and a contrastive one: of all captions of the batch, a picture's own fits best."""
+def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, count: int, updates: int, lr: float) -> None:
+    """PickScore's objective, and a contrastive one: of the `count` captions of a batch, a picture's own fits best."""
     optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates, pct_start=0.1)
     began = time.time()
     for update in range(updates):
-        captions, concepts, images, wanted = votes.batch(CAPTIONS)
-        with autocast(device):
+        captions, concepts, images, wanted = votes.batch(count)
+        with autocast(images.device.type):
             scores = similarities(clip, tokenizer, shifted(images.flatten(0, 1), votes.rng), captions)
         share = differences(wanted).sigmoid()
         loss = F.binary_cross_entropy_with_logits(differences(own(scores)), share)
@@ -278,14 +282,14 @@ def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, updates: int, lr: float,
 
 
 @torch.no_grad()
-def held_out_accuracy(clip: CLIPModel, tokenizer, votes: Votes, count: int = 4096) -> dict[str, float]:
+def held_out_accuracy(clip: CLIPModel, tokenizer, votes: Votes, count: int = 1024) -> dict[str, float]:
     """Pairs of held-out pictures for one caption: percent ordered as by the rater, and the differences' correlation.
 
     Pairs with less than a two-thirds majority are ties and are excluded.
     """
     wanted, got = [], []
-    for _ in range(count // CAPTIONS):
-        captions, _, images, scores = votes.batch(CAPTIONS)
+    for _ in range(count // 32):
+        captions, _, images, scores = votes.batch(32)
         wanted.append(differences(scores).cpu())
         got.append(differences(own(similarities(clip, tokenizer, images.flatten(0, 1), captions))).cpu())
     wanted, got = torch.cat(wanted), torch.cat(got)
@@ -301,9 +305,10 @@ def held_out_accuracy(clip: CLIPModel, tokenizer, votes: Votes, count: int = 409
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(READINGS))
-    parser.add_argument("--updates", type=int, default=3000, help="of 256 pictures; 0: measure only (default: 3000)")
+    parser.add_argument("--updates", type=int, default=2000, help="0: measure only (default: 2000)")
+    parser.add_argument("--captions", type=int, default=64, help="per update, with four pictures each (default: 64)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
-    parser.add_argument("--pictures", type=int, default=16_384, help="of each kind: real, generated (default: 16384)")
+    parser.add_argument("--pictures", type=int, default=12_288, help="of each kind: real, generated (default: 12288)")
     parser.add_argument(
         "--tuned",
         type=Path,
@@ -332,7 +337,8 @@ def main() -> None:
     if args.updates:
         pictures = real_pictures(args.pictures, seed, rater)
         pictures += generated_pictures(args.tuned, args.pictures, seed, rater, size)
-        fine_tune(clip, tokenizer, Votes(pictures, rater, seed, args.device), args.updates, args.lr, args.device)
+        votes = Votes(pictures, rater, seed, args.device)
+        fine_tune(clip, tokenizer, votes, args.captions, args.updates, args.lr)
     clip.eval().half().float()  # the precision in which it is saved
     held_out = real_pictures(args.pictures // 8, HELD_OUT, rater)
     held_out += generated_pictures(args.tuned, args.pictures // 8, HELD_OUT, rater, min(size, 256))
