@@ -28,7 +28,7 @@ BATCH = 32  # pictures whose distances to all compositions are in memory at once
 BEYOND_RECOGNITION = 0.4  # root mean square distance, for values in [-1, 1]
 PERFECT = 10.0  # the score of an undamaged picture, without taste; on PickScore's scale, as the other tiny rewards
 STYLE, STYLE_WEIGHT = "modern", 1.5  # the style that people like, and how much more they like it than the others
-COLOUR_WEIGHT = 4.0  # of a composition's mean saturation, 0 to 1
+COLOUR_WEIGHT = 2.0  # of a composition's mean saturation, 0 to 1
 
 
 @dataclass(frozen=True)
