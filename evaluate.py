@@ -34,7 +34,7 @@ REFERENCE_SEED = 20_000  # of the emoji that samples of the tiny base are compar
 def complete(args, row: presets.Preset) -> None:
     """Fill in the flags that were not given. Raises ValueError or OSError for values that cannot be used."""
     tiny = row is presets.TINY
-    known = presets.TINY_REWARDS[: 3 if args.prompts is None else 2]  # the rater knows no other prompts
+    known = presets.TINY_REWARDS[args.prompts is not None :]  # the rater knows no other prompts
     args.rewards = args.rewards or (",".join(known) if tiny else row.reward)
     args.guidance = row.guidance if args.guidance is None else args.guidance
     args.resolution = args.resolution or row.resolution

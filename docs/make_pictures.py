@@ -1,7 +1,8 @@
-"""Make the pictures of the documents from the tiny base and the models of the reproduction.
+"""Make the pictures of the documents from the tiny base and two default runs.
 
-python reproduce.py
-python docs/make_pictures.py       # docs/main.png, docs/tradeoff-*.svg, tiny/sheet.png
+    python train.py --method imagerefl
+    python train.py --method refl
+    python docs/make_pictures.py       # docs/main.png, tiny/sheet.png
 """
 
 import sys
@@ -10,14 +11,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-RUNS = ROOT / "runs" / "reproduction"
+RUNS = ROOT / "runs"
 sys.path.insert(0, str(ROOT))
 import weights
 from combined import combined_weights, generate
 from scheduler import Scheduler
 from training import presets
 from training.data import EmojiSet
-from utils import disk
 from utils.images import grid, save_png, to_pil
 
 
@@ -32,19 +32,16 @@ def sample(checkpoint: str | None, switch: int, prompts: list[str], seeds: list[
 
 def main() -> None:
     torch.manual_seed(0)
-    prompts, seeds = ["octopus", "rocket", "frog", "butterfly", "fox", "strawberry"], [1, 2]
+    prompts, seeds = ["octopus", "fox", "strawberry", "butterfly"], [1, 2, 3, 4]
     asked, all_seeds = [p for p in prompts for _ in seeds], seeds * len(prompts)
     rows = {
         "base model": sample(None, 40, asked, all_seeds),
-        "ReFL": sample(f"{RUNS}/refl-1", 0, asked, all_seeds),
-        "ReFL, combined generation (10 + 30)": sample(f"{RUNS}/refl-1", 10, asked, all_seeds),
-        "ImageReFL, combined generation (30 + 10)": sample(f"{RUNS}/imagerefl-1", 30, asked, all_seeds),
+        "ImageReFL, --switch 30": sample(f"{RUNS}/imagerefl-tiny", 30, asked, all_seeds),
+        "ImageReFL alone": sample(f"{RUNS}/imagerefl-tiny", 0, asked, all_seeds),
+        "ReFL alone": sample(f"{RUNS}/refl-tiny", 0, asked, all_seeds),
     }
     heads = [f"{p}" if seed == seeds[0] else "" for p in prompts for seed in seeds]
-    save_png(grid(list(rows.values()), list(rows), heads, cell=80), ROOT / "docs" / "main.png")
-
-    for name in ("tradeoff-tiny.svg", "tradeoff-tiny2.svg"):
-        disk.write_text(ROOT / "docs" / name, (RUNS / "imagerefl" / name).read_text())
+    save_png(grid(list(rows.values()), list(rows), heads, cell=72), ROOT / "docs" / "main.png")
 
     emoji = EmojiSet(seed=7)
     shown = [emoji.describe(i) for i in range(48)]

@@ -47,12 +47,14 @@ def variants(base_steps: dict[str, int], refl: int, imagerefl: int) -> tuple[Var
     """ReFL, and ImageReFL twice: with the paper's weight of its diffusion loss, and with a stronger one.
 
     The paper's 1e-5 for the diffusion loss against 1e-3 for the reward balances two numbers whose gradients have other
-    magnitudes on the tiny base; 1e-3 keeps its UNet a denoiser. `refl`, `imagerefl`: updates.
+    magnitudes on the tiny base; 1e-3 keeps its UNet a denoiser. `refl`, `imagerefl`: updates. All train on a learned
+    reward, as in the paper, so that the rater can say what it is worth.
     """
-    strong = ("--diffusion-scale", "1e-3")
+    learned = ("--reward", "tiny")
+    strong = (*learned, "--diffusion-scale", "1e-3")
     return (
-        Variant("refl", "refl", refl, base_steps["refl"]),
-        Variant("imagerefl", "imagerefl", imagerefl, base_steps["imagerefl"]),
+        Variant("refl", "refl", refl, base_steps["refl"], learned),
+        Variant("imagerefl", "imagerefl", imagerefl, base_steps["imagerefl"], learned),
         Variant("imagerefl-prior", "imagerefl", imagerefl, base_steps["imagerefl"], strong, ", k_D = 1e-3"),
     )
 

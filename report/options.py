@@ -52,7 +52,7 @@ def evaluate_args(argv: list[str] | None = None, description: str | None = None)
     add("--device", help="default: cuda if available, else cpu")
 
     add = parser.add_argument_group("metrics").add_argument
-    add("--rewards", help="comma-separated names (default: tiny,tiny2, or hpsv2.1)")
+    add("--rewards", help="comma-separated names (default: rater,tiny,tiny2, or hpsv2.1)")
     add("--reward-weights", help="comma-separated files or folders of the rewards, in the same order")
     add("--dino", help="folder of DINO ViT-S/16 or DINOv2, for DinoDiversity; the tiny base has its own features")
     add("--inception", help="pytorch-fid's weight file, for FID, CovDist and LogCovDist")

@@ -94,7 +94,7 @@ def add_method(parser: Parser) -> None:
     )  # fmt: skip
     add("--resolution", type=positive, help="image side in pixels (default: 512, tiny 64)")
     add("--lora", type=positive, metavar="RANK", help="train low-rank adapters instead of the whole UNet")
-    add_optimizer(parser, "4000, ReFL 2000; tiny: 150, ReFL 75")
+    add_optimizer(parser, "4000, ReFL 2000; tiny: 60, ReFL 30")
 
 
 def add_optimizer(parser: Parser, steps: str) -> None:
@@ -146,7 +146,9 @@ def resolve(args: Namespace, preset: presets.Preset) -> None:
     """Fill in defaults, in place. Raises ValueError for flags that contradict each other."""
     from utils import device, distributed
 
-    args.reward = args.reward or preset.reward
+    own_captions = args.data is None and args.prompts is None
+    known = presets.TINY_REWARDS if own_captions else presets.TINY_REWARDS[1:]  # the rater knows no other captions
+    args.reward = args.reward or (known[0] if preset is presets.TINY else preset.reward)
     args.steps = args.steps or preset.updates[args.method]
     args.batch_size = args.batch_size or preset.batch_size
     args.accumulate = args.accumulate or preset.accumulate
@@ -157,7 +159,6 @@ def resolve(args: Namespace, preset: presets.Preset) -> None:
         args.shift = 0 if "rater" in args.reward else preset.shift  # the rater sees no places outside its world
     args.device = device.choose_device(args.device)
     if args.judge is None and preset is presets.TINY:
-        known = presets.TINY_REWARDS if args.prompts is None else presets.TINY_REWARDS[:2]  # no rater of any prompt
         args.judge = ",".join(name for name in known if name not in args.reward.replace("=", ",").split(","))
     args.dtype = args.dtype or device.default_dtype(args.device)
     if not 0 <= args.start < STEPS:

@@ -39,18 +39,18 @@ class Preset:
     prompts: tuple[str, ...]  # for a run's sample grids and table
 
 
-TINY_REWARDS = ("tiny", "tiny2", "rater")  # of the tiny base; the last one is the ground truth, for its own prompts
+TINY_REWARDS = ("rater", "tiny", "tiny2")  # of the tiny base: the ground truth, for its own captions only, and readings
 
 TINY = Preset(
     resolution=64,
-    reward="tiny",
+    reward="rater",
     guidance=2.0,
     switch={"refl": 10, "imagerefl": 30},
     start=30,
     lr=4.5e-5,
     batch_size=16,
     accumulate=1,
-    updates={"refl": 75, "imagerefl": 150},
+    updates={"refl": 30, "imagerefl": 60},
     shift=8,
     prompts=(
         "octopus",
