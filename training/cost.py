@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ import rewards
 import unet as unets
 import vae as vaes
 import weights
+from baselines.draft import draft_loss
 from imagerefl import REFL_EVERY
 from pretrained import lora, preprocess, reward_files, reward_networks
 from pretrained.configs import unet_config, unet_dict, vae_config
@@ -33,6 +34,7 @@ from training.fake_tensors import AllocationTracker, norms_in_float32, to_bf16
 from training.options import STEPS, resolve
 from unet import UNet, UNetConfig, Upsample
 from utils import acceleration
+from utils.cli import number_range
 from vae import VAE, VAEConfig
 
 PUBLISHED = {"sd15": (unets.SD15, vaes.SD15), "sdxl": (unets.SDXL, vaes.SDXL)}
@@ -46,6 +48,9 @@ SAVINGS = (  # flags that save memory, from fast to slow
     "--checkpointing unet,decoder --text-on-cpu",
 )
 SCHEDULER = Scheduler(STEPS, eta=1.0)
+RATIOS = {  # rough FLOPs, in forward passes of the UNet
+    "UNet forward": 1, "UNet with gradients": 3, "decode with gradients": 8, "reward with gradients": 0.5, "encode": 2,
+}  # fmt: skip
 
 
 @dataclass
@@ -177,6 +182,34 @@ def per_image(parts: dict[str, float], start: int = 30) -> dict[str, float]:
     return costs
 
 
+def baseline_cost(args, parts: dict[str, float]) -> float:
+    """Mean FLOPs per image of an update of DRaFT, DRTune or DPO; with --from-image of its mix of updates."""
+    T, forward, gradients = len(SCHEDULER.steps), parts["UNet forward"], parts["UNet with gradients"]
+    scoring = parts["decode with gradients"] + parts["reward with gradients"]
+
+    def update(first: int) -> float:
+        """From step `first` to x0."""
+        if args.method == "dpo":  # two samples, their scores without gradients, about half, and the loss
+            return 2 * ((T - first) * forward + scoring / 2 + gradients + forward)
+        stops = range(T - 1, T) if args.method == "draft" else range(max(first, T - T_MAX), T)
+        counts = [
+            (stop + 1 - first, min(K, stop + 1 - first)) for stop in stops for K in number_range(args.gradient_steps)
+        ]
+        rollout = mean((steps - K) * forward + K * gradients for steps, K in counts)
+        return rollout + scoring + (args.lv_samples or 0) * (gradients + scoring)
+
+    if not args.from_image:
+        return update(0)
+    from_image = parts["encode"] + gradients + update(args.start)
+    return ((REFL_EVERY - 1) * from_image + update(0)) / REFL_EVERY
+
+
+def costs_of(args, parts: dict[str, float]) -> dict[str, float]:
+    """`per_image`, and the method of the run if it is a baseline."""
+    baseline = {args.method: baseline_cost(args, parts)} if args.method in presets.BASELINES else {}
+    return per_image(parts, args.start) | baseline
+
+
 def matrix_rate(device: str) -> float:
     """Measured FLOP/s of a bf16 matrix product on a device: the median of five."""
     n = 1024 if device == "cpu" else 8192
@@ -193,7 +226,7 @@ class MFUMeter:
     """Model FLOPs utilisation: needed FLOP/s divided by the device's measured bf16 matrix rate."""
 
     def __init__(self, args, unet: UNetConfig, vae: VAEConfig):
-        self.costs = per_image(flops(args, unet, vae), args.start)
+        self.costs = costs_of(args, flops(args, unet, vae))
         self.images, self.rate = args.batch_size * args.accumulate, matrix_rate(args.device)
 
     def __call__(self, kind: str, seconds: float) -> float:
@@ -227,6 +260,8 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
         moments = [torch.empty_like(p) for p in (*trained, *trained)]
         for p in trained:
             p.grad = torch.empty_like(p)  # accumulated by earlier micro-batches
+        if args.method == "dpo" and not args.lora:
+            copies += [torch.empty_like(p) for p in trained]  # the base model
         if "text-on-cpu" in flags:
             towers = (part for network in m.rewards for part in reward_networks.text_tower(network))
             memory.current -= sum(p.nbytes for part in towers for p in part.parameters())
@@ -239,14 +274,27 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
         x = torch.empty(batch, vae.latent_channels, *[args.resolution // m.vae.factor] * 2)
         c = fake_conditioning(unet, batch, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = 0
-            if args.method != "refl":
-                loss = diffusion_loss(m.unet(x, 226, **c), x).mean()
-            if args.method != "diffusion":
-                loss = loss + reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, c, [""] * batch, None)
-        loss.backward()
+            fake_loss(args, m, x, c).backward()
         del copies, moments
     return between_updates, memory.peak
+
+
+def fake_loss(args, m: FakeNetworks, x: Tensor, c: dict) -> Tensor:
+    """The part of the loss of a micro-batch that holds activations."""
+    prompts, loss = [""] * len(x), 0
+    if args.method == "dpo":
+        x, c = torch.cat([x, x]), {key: torch.cat([t, t]) for key, t in c.items()}
+    if args.method in ("diffusion", "imagerefl", "dpo") or args.from_image:
+        loss = diffusion_loss(m.unet(x, 226, **c), x).mean()
+    if args.method in ("refl", "imagerefl"):
+        loss = loss + reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, c, prompts, None)
+    if args.method in ("draft", "drtune"):
+        K = number_range(args.gradient_steps)[-1]
+        more = args.lv_samples or 0
+        loss = loss + draft_loss(
+            m.unet, m.vae, m.reward, SCHEDULER, x, STEPS - K, c, prompts, None, K=K, lv_samples=more
+        )
+    return loss
 
 
 def best_settings(args, unet: UNetConfig, vae: VAEConfig, gigabytes: float, known: dict) -> tuple | None:
@@ -287,7 +335,7 @@ def cost_report(args, unet: UNetConfig, vae: VAEConfig) -> Iterator[str]:
     yield "\nTFLOP per image"
     yield from (f"  {name:24}{value / 1e12:>10.3f}" for name, value in parts.items())
     yield "\nTFLOP of an update: per image, and in all"
-    for name, value in per_image(parts, args.start).items():
+    for name, value in costs_of(args, parts).items():
         yield f"  {name:24}{value / 1e12:>10.3f}{images * value / 1e12:>12.1f}"
     yield f"\npredicted GPU memory without --compile (GB of 2^30 bytes, {OVERHEAD_GB:g} of it overhead), and settings"
     known: dict = {}

@@ -54,9 +54,11 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
         m.base, m.tuned = lora.base_and_tuned(speed.fuse(m.unet) if speed else m.unet)  # share one set of weights
     else:
         m.unet = load_unet(args.base, device, torch.float32)
-        m.base = copy.deepcopy(m.unet).to("cpu", dtype).requires_grad_(False)  # moved to the GPU while it samples
-        if speed:
-            m.base = speed.fuse(m.base) if device != "cpu" or args.compile else speed.for_sampling(m.base)
+        m.base = copy.deepcopy(m.unet).requires_grad_(False)
+        if args.method != "dpo":  # DPO's loss calls it too, rounded as the UNet in training is
+            m.base.to("cpu", dtype)  # moved to the GPU while it samples
+            if speed:
+                m.base = speed.fuse(m.base) if device != "cpu" or args.compile else speed.for_sampling(m.base)
         m.parameters, m.tuned = list(m.unet.parameters()), m.unet
     m.unet.checkpointing = "unet" in (args.checkpointing or "")
     m.vae.decoder.checkpointing = "decoder" in (args.checkpointing or "")

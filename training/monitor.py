@@ -36,7 +36,7 @@ def samplers(run) -> Iterator[tuple]:
     """(base, tuned, vae) ready to sample; the base model is on the GPU only meanwhile."""
     args, m = run.args, run.models
     base, tuned, vae, speed = m.base, m.tuned, m.vae, acceleration.speed()
-    move = isinstance(base, UNet) and base is not tuned
+    move = isinstance(base, UNet) and base is not tuned and args.method != "dpo"
     if move:
         base.to(args.device)
     if speed and args.device == "cpu" and not args.compile:

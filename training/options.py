@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from training import presets
-from utils.cli import Parser, number, positive
+from utils.cli import Parser, number, number_range, positive
 
 STEPS = 40  # sampling steps T in training, with eta = 1
 DESCRIPTION = """\
@@ -22,6 +22,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """The parsed flags; `args.given` holds those on the command line."""
     parser = Parser(DESCRIPTION)
     add_method(parser)
+    add_baselines(parser)
     add = parser.add_argument_group("memory and speed").add_argument
     add(
         "--checkpointing", nargs="?", metavar="PARTS", const="unet,decoder",
@@ -67,7 +68,10 @@ def add_data(add: Callable) -> None:
 
 def add_method(parser: Parser) -> None:
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=presets.METHODS, default="imagerefl", help="default: imagerefl")
+    add(
+        "--method", choices=presets.METHODS + presets.BASELINES, default="imagerefl",
+        help="the paper's refl or imagerefl (default), or a baseline, see below",
+    )  # fmt: skip
     add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
     add(
         "--reward",
@@ -94,7 +98,30 @@ def add_method(parser: Parser) -> None:
     )  # fmt: skip
     add("--resolution", type=positive, help="image side in pixels (default: 512, tiny 64)")
     add("--lora", type=positive, metavar="RANK", help="train low-rank adapters instead of the whole UNet")
-    add_optimizer(parser, "4000, ReFL 2000; tiny: 150, ReFL 75")
+    add_optimizer(parser, "ImageReFL 4000, others 2000; tiny: 150, others 75")
+
+
+def steps_range(text: str) -> str:
+    """An argument type: a number of sampling steps, "3", or a range, "1-10"."""
+    numbers = number_range(text)
+    number(int, 1, STEPS)(numbers[0]), number(int, 1, STEPS)(numbers[-1])  # raise for values out of range
+    return text
+
+
+def add_baselines(parser: Parser) -> None:
+    add = parser.add_argument_group(
+        "baselines", "other methods on the same functions, see baselines/: DRaFT, DRTune and Diffusion-DPO"
+    ).add_argument
+    add(
+        "--from-image", action="store_true",
+        help="start from a real image noised to t', as ImageReFL does, three updates of four",
+    )  # fmt: skip
+    add(
+        "--gradient-steps", type=steps_range, metavar="K",
+        help="steps with gradients, of draft (default: 3) and drtune (5); 1-10: drawn at random, as in AlignProp",
+    )  # fmt: skip
+    add("--lv-samples", type=number(int, 0), metavar="N", help="n of DRaFT-LV, with --gradient-steps 1 (default: 0)")
+    add("--beta", type=number(float, 0), help="of dpo: strength of the tie to the base model (default: 5000, tiny 300)")
 
 
 def add_optimizer(parser: Parser, steps: str) -> None:
@@ -142,11 +169,28 @@ def add_saving(parser: Parser) -> None:
     add("--override", action="store_true", help="with --resume: use this call's flags although they change the result")
 
 
+def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
+    """Fill in defaults of the baselines' flags, in place. Raises ValueError for those of another method."""
+    flags = {"draft": ("from_image", "gradient_steps", "lv_samples"), "drtune": ("from_image", "gradient_steps")}
+    flags |= {"dpo": ("from_image", "beta")}
+    for flag in ("from_image", "gradient_steps", "lv_samples", "beta"):
+        if getattr(args, flag) and flag not in flags.get(args.method, ()):
+            takers = [method for method, own in flags.items() if flag in own]
+            advice = "; imagerefl is refl from images" * (flag == "from_image")
+            raise ValueError(f"--{flag.replace('_', '-')} goes with --method {' or '.join(takers)}{advice}")
+    if args.method in ("draft", "drtune"):
+        args.gradient_steps = args.gradient_steps or {"draft": "3", "drtune": "5"}[args.method]
+    if args.method == "dpo":
+        args.beta = preset.dpo_beta if args.beta is None else args.beta
+
+
 def resolve(args: Namespace, preset: presets.Preset) -> None:
     """Fill in defaults, in place. Raises ValueError for flags that contradict each other."""
     from utils import device, distributed
 
     args.reward = args.reward or preset.reward
+    if args.method != "diffusion":  # tiny/pretrain.py
+        resolve_baseline(args, preset)
     args.steps = args.steps or preset.updates[args.method]
     args.batch_size = args.batch_size or preset.batch_size
     args.accumulate = args.accumulate or preset.accumulate
