@@ -35,7 +35,16 @@ LONE = "half a \ud83d smiley"  # a surrogate without its other half
 # {bad}: the folder below; {mini}: a base that is good; {out}: a place that must stay as it was, here absent
 CASES = [
     # flags of train.py
-    ("train", "--method dpo", "dpo"),
+    ("train", "--method sft", "sft"),
+    ("train", "--from-image", "--method draft or drtune or dpo; imagerefl is ReFL from images"),
+    ("train", "--method refl --gradient-steps 2", "--gradient-steps goes with --method draft or drtune"),
+    ("train", "--method draft --gradient-steps 41", "--gradient-steps: must be in 1..40, got 41"),
+    ("train", "--method draft --gradient-steps 5-3", "5-3"),
+    ("train", "--method drtune --lv-samples 1", "--lv-samples goes with --method draft"),
+    ("train", "--method draft --beta 1", "--beta goes with --method dpo"),
+    ("train", "--method dpo --data {bad}/half_pair", "metadata.jsonl, line 2: not a JSON object with better, worse"),
+    ("train", "--method dpo --data {bad}/no_pair", "absent.png"),
+    ("train", "--method dpo --from-image --data {bad}/no_pair", "file_name and text"),
     ("train", "--colour red", "--colour"),
     ("train", "--batch-size 0", "at least 1"),
     ("train", "--steps many", "many"),
@@ -217,6 +226,8 @@ def bad(tmp_path_factory, mini):
         "pointer.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
         "empty.png": "",
         "missing_image/metadata.jsonl": '{"file_name": "absent.png", "text": "a"}',
+        "half_pair/metadata.jsonl": '{"better": "a", "worse": "b", "text": "c"}\n{"better": "a", "text": "c"}',
+        "no_pair/metadata.jsonl": '{"better": "absent.png", "worse": "b.png", "text": "c"}',
         "not_json/metadata.jsonl": "a.png, a caption",
         "not_strings/metadata.jsonl": row % "1",
         "no_row/metadata.jsonl": "\n",

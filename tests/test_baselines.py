@@ -2,23 +2,34 @@
 
 # ruff: noqa: F401, F811 - fixtures
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from recipe import rnd
+from PIL import Image
+from recipe import filled, golden_config, mini_base, rnd
 from test_methods import CONDITIONING, PROMPTS, SCHEDULER, brightness, seeded, unet, vae
 
 import baselines
+import sample
+import train
+import weights
 from baselines.dpo import dpo_loss, ranked_pairs
 from baselines.draft import draft_loss
 from baselines.drtune import drtune_loss, trained_steps
 from baselines.from_image import noised_image
 from combined import conditional
+from pretrained.configs import unet_config
 from refl import score_latents
+from report.points import method_and_path
 from scheduler import denoise, diffusion_loss
-from training import cost, options
+from training import cost, monitor, options
+from training.pairs import open_pairs
+from unet import UNet
+from vae import VAE
 
 X_T = rnd("x_T", 2, 4, 4, 4)
 TWICE = {"context": torch.cat([CONDITIONING["context"]] * 2)}
@@ -267,3 +278,87 @@ def test_the_cost_of_an_image_adds_up(flags, expected):
     args = options.parse_args(["--method", *flags])
     options.resolve(args, options.presets.TINY)
     assert cost.baseline_cost(args, dict(zip(names, (1, 3, 6, 2, 0.5), strict=True))) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Four sampling steps, no scores of the base model."""
+    monkeypatch.setattr(train, "STEPS", 4)
+    monkeypatch.setattr(monitor, "evaluate", lambda *_: None)
+    monkeypatch.setattr(monitor, "summarise", lambda *_: {"base": {"reward": [0.0, 0.0]}})
+
+
+@pytest.fixture(scope="module", params=["mini", pytest.param("SD1.5's layers", marks=pytest.mark.slow)])
+def base(request, tmp_path_factory):
+    folder = Path(mini_base(tmp_path_factory.mktemp("base")))
+    if request.param != "mini":
+        config = unet_config(golden_config("unet_sd15_mini") | {"cross_attention_dim": 128})
+        weights.save_unet(filled(UNet(config)), folder / "unet")
+    return str(folder)
+
+
+def run(base, folder, *flags: str) -> list[dict]:
+    """The log of a run."""
+    flags = [
+        "--base",
+        base,
+        "--reward",
+        "tiny",
+        "--batch-size",
+        "1",
+        "--dtype",
+        "float32",
+        "--sample-every",
+        "0",
+        *flags,
+    ]
+    train.main(train.parse_args([*flags, "--start", "2", "--output-dir", str(folder)]))
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "flags, method, switch",
+    [
+        (["draft", "--lv-samples", "1"], "draft", 30),
+        (["drtune", "--gradient-steps", "2"], "drtune", 10),
+        (["dpo"], "dpo", 10),
+        (["dpo", "--from-image", "--lora", "2"], "image-dpo", 30),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_trains_and_saves_what_the_other_commands_read(flags, method, switch, base, tmp_path, fast):
+    (row,) = run(base, tmp_path / "run", "--steps", "1", "--method", *flags)
+    assert row["kind"] == flags[0] and row["grad_norm"] > 0 and math.isfinite(row["reward"])
+    assert ("diffusion" in row) == ("--from-image" in flags)
+    if flags[0] == "dpo":
+        assert row["dpo"] == pytest.approx(math.log(2), abs=1e-4)
+    assert method_and_path(str(tmp_path / "run")) == (method, str(tmp_path / "run"))
+    args = sample.parse_args(["--checkpoint", str(tmp_path / "run"), "--output-dir", str(tmp_path / "samples")])
+    assert sample.resolve(args) == [0.0] * switch + [1.0] * (40 - switch)
+
+
+def test_dpo_learns_from_a_folder_of_pairs(base, tmp_path, fast, monkeypatch, capsys):
+    for name, colour in (("a", 255), ("b", 0)):
+        Image.new("RGB", (80, 64), (colour, 128, 128)).save(tmp_path / f"{name}.png")
+    lines = [{"better": "a.png", "worse": "b.png", "text": "fox"}, {"better": "b.png", "worse": "a.png", "text": "owl"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pairs, seen = open_pairs(str(tmp_path), 64), []
+    assert [pairs[i][1] for i in range(len(pairs))] == ["fox", "owl"] and pairs[0][0].shape == (2, 3, 64, 64)
+    assert torch.equal(pairs[0][0].flip(0), pairs[1][0]) and pairs[0][0][0, 0].mean() == 1  # the better one is red
+    assert open_pairs(None, 64) is None and open_pairs(str(tmp_path / "none"), 64) is None
+
+    def loss(run, unet, scheduler, update, x0, c, prompts, rng):
+        seen.append((x0, prompts))
+        return baselines.baseline_loss(run, unet, scheduler, update, x0, c, prompts, rng)
+
+    monkeypatch.setattr(train, "baseline_loss", loss)
+    monkeypatch.setattr(VAE, "sample", lambda self, images, generator: images[:, [0, 0, 0, 0], ::8, ::8])  # red
+    flags = ["--method", "dpo", "--data", str(tmp_path), "--batch-size", "2", "--steps", "1"]
+    (row,) = run(base, tmp_path / "run", *flags)
+    assert "reward" not in row and row["grad_norm"] > 0 and "2 pairs of images, from" in capsys.readouterr().out
+    ((x0, prompts),) = seen
+    expected = [1.0 if prompt == "fox" else -1.0 for prompt in prompts]
+    assert sorted(prompts) == ["fox", "owl"] and x0.mean((1, 2, 3)).tolist() == [*expected, *(-x for x in expected)]

@@ -175,9 +175,9 @@ def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
     flags |= {"dpo": ("from_image", "beta")}
     for flag in ("from_image", "gradient_steps", "lv_samples", "beta"):
         if getattr(args, flag) and flag not in flags.get(args.method, ()):
-            takers = [method for method, own in flags.items() if flag in own]
-            advice = "; imagerefl is refl from images" * (flag == "from_image")
-            raise ValueError(f"--{flag.replace('_', '-')} goes with --method {' or '.join(takers)}{advice}")
+            takers = " or ".join(method for method, own in flags.items() if flag in own)
+            advice = "; imagerefl is ReFL from images" * (flag == "from_image")
+            raise ValueError(f"--{flag.replace('_', '-')} goes with --method {takers}{advice}")
     if args.method in ("draft", "drtune"):
         args.gradient_steps = args.gradient_steps or {"draft": "3", "drtune": "5"}[args.method]
     if args.method == "dpo":
