@@ -53,7 +53,7 @@ def baseline_loss(
         x_t = sample_noise(run.latent_shape(prompts), generator, args.device)
 
     if args.method == "dpo":
-        if x0 is None or args.from_image:  # else these are given pairs
+        if not run.has_pairs:
             x0, scores = ranked_pairs(unet, m.vae, m.reward, scheduler, x_t, first, c, prompts, generator)
             logged["reward"] = scores.mean()
         loss = logged["dpo"] = dpo_loss(unet, m.base, scheduler, x0, c, generator, args.beta)

@@ -247,7 +247,7 @@ def test_three_updates_of_four_start_from_an_image(method, flags, from_image, un
     options.resolve(args, options.presets.TINY)
     m = SimpleNamespace(vae=vae, reward=brightness, base=unet)
     run = SimpleNamespace(
-        args=args, models=m, latent_shape=lambda p: (len(p), 4, 4, 4), log=lambda **v: logged.append(v)
+        has_pairs=False, args=args, models=m, latent_shape=lambda p: (len(p), 4, 4, 4), log=lambda **v: logged.append(v)
     )
     x0 = rnd("x0", 2, 4, 4, 4) if from_image else None
     for update in range(4):

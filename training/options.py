@@ -22,7 +22,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """The parsed flags; `args.given` holds those on the command line."""
     parser = Parser(DESCRIPTION)
     add_method(parser)
-    add_baselines(parser)
     add = parser.add_argument_group("memory and speed").add_argument
     add(
         "--checkpointing", nargs="?", metavar="PARTS", const="unet,decoder",
@@ -50,6 +49,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--stop-on-collapse", action="store_true", help="with --monitor: stop the run when it overfits")
     add("--dino", help="with --monitor: folder of DINO ViT-S/16 for the diversity (tiny has its own features)")
     add_saving(parser)
+    add_baselines(parser)
     args = parser.parse(argv)
     args.given = parser.given(argv)
     return args
@@ -110,7 +110,8 @@ def steps_range(text: str) -> str:
 
 def add_baselines(parser: Parser) -> None:
     add = parser.add_argument_group(
-        "baselines", "other methods on the same functions, see baselines/: DRaFT, DRTune and Diffusion-DPO"
+        "baselines (--method draft, drtune, dpo)",
+        "DRaFT, DRTune and Diffusion-DPO, on pairs that the reward ranks or on a folder of pairs as --data",
     ).add_argument
     add(
         "--from-image", action="store_true",

@@ -85,6 +85,7 @@ class Run:
 
     def __init__(self, args: Namespace, models: Models, preset, prompts: list[str], data, folder: Path | None):
         self.args, self.models, self.preset, self.prompts, self.folder = args, models, preset, prompts, folder
+        self.has_pairs = isinstance(data, PairDataset)
         self.size, self.guidance = (args.resolution, args.resolution), preset.guidance
         self.grid_columns = {"base": (2, STEPS), "tuned": (2, 0)}  # name -> images per prompt, base steps
         self.cached_images, self.metadata, self.values, self.stopped = {}, {}, {}, False
@@ -164,7 +165,7 @@ class Run:
     def batch(self, generator: torch.Generator) -> tuple[Tensor | None, list[str]]:
         """The next x0 (B, C, H/8, W/8), or None where the method needs no images, and its captions."""
         images, captions = self.stream.batch(self.args.batch_size)
-        if isinstance(self.stream.data, PairDataset):
+        if self.has_pairs:
             images = images.transpose(0, 1).flatten(0, 1)
         elif not needs_images(self.args):
             return None, captions
