@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import torch
 
 from baselines import baseline_loss
+from baselines.against_collapse import prior_loss
 from imagerefl import REFL_EVERY, imagerefl_losses
 from refl import refl_loss
 from scheduler import Scheduler, sample_noise
@@ -57,6 +58,8 @@ def main(args) -> None:
                         )
                         loss = k_R * l_reward + k_D * l_diffusion
                         run.log(reward=-l_reward, diffusion=l_diffusion)
+                    if args.prior:
+                        loss = loss + args.prior * prior_loss(unet, scheduler, x0, c, rng)
                 (loss / args.accumulate).backward()
             if run.gradients_are_finite():  # after all-reduce and clipping
                 optimizer.step()

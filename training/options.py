@@ -50,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--dino", help="with --monitor: folder of DINO ViT-S/16 for the diversity (tiny has its own features)")
     add_saving(parser)
     add_baselines(parser)
+    add_against_collapse(parser)
     args = parser.parse(argv)
     args.given = parser.given(argv)
     return args
@@ -168,6 +169,12 @@ def add_saving(parser: Parser) -> None:
     add("--output-dir", help="default: runs/METHOD-BASE, numbered if it exists")
     add("--resume", metavar="RUN", help="continue the run in this folder, with the flags it was started with")
     add("--override", action="store_true", help="with --resume: use this call's flags although they change the result")
+
+
+def add_against_collapse(parser: Parser) -> None:
+    add = parser.add_argument_group("against collapse", "additions to any method, see baselines/against_collapse.py")
+    add = add.add_argument
+    add("--prior", type=number(float, 0), default=0.0, metavar="WEIGHT", help="diffusion loss on real images at all t")
 
 
 def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:

@@ -1,0 +1,39 @@
+"""What `--prior` and the other additions against collapse compute, and that a run uses them."""
+
+# ruff: noqa: F401, F811 - fixtures
+
+import pytest
+import torch
+from recipe import rnd
+from test_baselines import base, fast, run
+from test_methods import CONDITIONING, PROMPTS, SCHEDULER, brightness, seeded, unet, vae
+
+import train
+from baselines import against_collapse
+
+
+def test_the_prior_is_the_diffusion_loss_at_any_t(unet):
+    x0 = rnd("x0", 2, 4, 4, 4)
+    loss = against_collapse.prior_loss(unet, SCHEDULER, x0, CONDITIONING, seeded())
+    generator = seeded()
+    eps = torch.randn(2, 4, 4, 4, generator=generator)
+    t = torch.randint(1000, (2,), generator=generator)
+    abar = SCHEDULER.abar[t].float().view(-1, 1, 1, 1)
+    predicted = unet(abar.sqrt() * x0 + (1 - abar).sqrt() * eps, t, **CONDITIONING)
+    assert loss.item() == pytest.approx((predicted - eps).square().mean().item(), rel=1e-5)
+    assert len(t.unique()) == 2 and loss.requires_grad
+
+
+@pytest.mark.parametrize("method", ["refl", pytest.param("imagerefl", marks=pytest.mark.slow), "dpo"])
+def test_the_prior_is_added_to_the_loss_with_its_weight(method, base, tmp_path, fast, monkeypatch):
+    gradients = []
+
+    def loss(unet, scheduler, x0, c, generator):
+        assert x0.shape == (1, 4, 8, 8) and len(c["context"]) == 1
+        value = against_collapse.prior_loss(unet, scheduler, x0, c, generator)
+        value.register_hook(lambda gradient: gradients.append(gradient.item()))
+        return value
+
+    monkeypatch.setattr(train, "prior_loss", loss)
+    run(base, tmp_path / "run", "--method", method, "--steps", "1", "--prior", "0.5")
+    assert gradients == [0.5]
