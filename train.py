@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import torch
 
 from baselines import baseline_loss
-from baselines.against_collapse import prior_loss
+from baselines.against_collapse import KLToBase, prior_loss
 from imagerefl import REFL_EVERY, imagerefl_losses
 from refl import refl_loss
 from scheduler import Scheduler, sample_noise
@@ -38,7 +38,8 @@ def main(args) -> None:
         vae, text, reward = m.vae, m.text, m.reward
         optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
         run.restore(optimizer)
-        unet = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
+        fast = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
+        unet = KLToBase(fast, m.base) if args.kl else fast
 
         for update in run.updates(optimizer):
             is_refl = args.method == "refl" or update % REFL_EVERY == REFL_EVERY - 1  # 3 : 1
@@ -59,13 +60,15 @@ def main(args) -> None:
                         loss = k_R * l_reward + k_D * l_diffusion
                         run.log(reward=-l_reward, diffusion=l_diffusion)
                     if args.prior:
-                        loss = loss + args.prior * prior_loss(unet, scheduler, x0, c, rng)
+                        loss = loss + args.prior * prior_loss(fast, scheduler, x0, c, rng)
+                    if args.kl:
+                        loss = loss + args.kl * unet.loss()
                 (loss / args.accumulate).backward()
             if run.gradients_are_finite():  # after all-reduce and clipping
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        if run.save_result(unet):
+        if run.save_result(fast):
             base_steps = run.preset.switch[method_name(args)]
             rows = {"base": STEPS, "tuned": 0, f"--switch {base_steps}": base_steps}  # name -> steps of the base model
             table = monitor.summarise(monitor.evaluate(run, list(rows.values())), list(rows))

@@ -37,3 +37,29 @@ def test_the_prior_is_added_to_the_loss_with_its_weight(method, base, tmp_path, 
     monkeypatch.setattr(train, "prior_loss", loss)
     run(base, tmp_path / "run", "--method", method, "--steps", "1", "--prior", "0.5")
     assert gradients == [0.5]
+
+
+def test_the_kl_is_the_squared_distance_of_the_calls_with_gradients(unet):
+    x, base_calls = rnd("x", 2, 4, 4, 4), []
+
+    def base(x_t, t, context):
+        base_calls.append((t.tolist(), torch.is_grad_enabled()))
+        return torch.zeros_like(x_t)
+
+    both = against_collapse.KLToBase(unet, base)
+    with torch.no_grad():
+        both(x, 976, **CONDITIONING)
+    outputs = [both(x, t, **CONDITIONING) for t in (226, 101)]
+    loss = both.loss()
+    assert loss.item() == pytest.approx(torch.stack(outputs).square().mean().item(), rel=1e-5)
+    assert base_calls == [([226, 226], False), ([101, 101], False)] and both.terms == []
+    loss.backward()
+    assert unet.conv_out.bias.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("flags", [["refl"], ["draft", "--lora", "2"]], ids=" ".join)
+def test_the_kl_of_a_run_is_zero_until_the_first_update(flags, base, tmp_path, fast, monkeypatch):
+    values, loss = [], against_collapse.KLToBase.loss
+    monkeypatch.setattr(against_collapse.KLToBase, "loss", lambda self: values.append(loss(self)) or values[-1])
+    run(base, tmp_path / "run", "--steps", "2", "--lr", "0.01", "--kl", "1", "--method", *flags)
+    assert values[0].item() < 1e-9 < 1e-6 < values[1].item()

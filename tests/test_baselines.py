@@ -14,6 +14,7 @@ from recipe import filled, golden_config, mini_base, rnd
 from test_methods import CONDITIONING, PROMPTS, SCHEDULER, brightness, seeded, unet, vae
 
 import baselines
+import refl
 import sample
 import train
 import weights
@@ -287,6 +288,7 @@ def test_the_cost_of_an_image_adds_up(flags, expected):
 def fast(monkeypatch):
     """Four sampling steps, no scores of the base model."""
     monkeypatch.setattr(train, "STEPS", 4)
+    monkeypatch.setattr(refl, "T_MAX", 2)
     monkeypatch.setattr(monitor, "evaluate", lambda *_: None)
     monkeypatch.setattr(monitor, "summarise", lambda *_: {"base": {"reward": [0.0, 0.0]}})
 

@@ -31,6 +31,7 @@ from refl import T_MAX, reward_loss
 from scheduler import Scheduler, diffusion_loss
 from training import presets
 from training.fake_tensors import AllocationTracker, norms_in_float32, to_bf16
+from training.models import calls_base
 from training.options import STEPS, resolve
 from unet import UNet, UNetConfig, Upsample
 from utils import acceleration
@@ -260,7 +261,7 @@ def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str =
         moments = [torch.empty_like(p) for p in (*trained, *trained)]
         for p in trained:
             p.grad = torch.empty_like(p)  # accumulated by earlier micro-batches
-        if args.method == "dpo" and not args.lora:
+        if calls_base(args) and not args.lora:
             copies += [torch.empty_like(p) for p in trained]  # the base model
         if "text-on-cpu" in flags:
             towers = (part for network in m.rewards for part in reward_networks.text_tower(network))

@@ -55,7 +55,7 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
     else:
         m.unet = load_unet(args.base, device, torch.float32)
         m.base = copy.deepcopy(m.unet).requires_grad_(False)
-        if args.method != "dpo":  # DPO's loss calls it too, rounded as the UNet in training is
+        if not calls_base(args):  # else rounded as the UNet in training is
             m.base.to("cpu", dtype)  # moved to the GPU while it samples
             if speed:
                 m.base = speed.fuse(m.base) if device != "cpu" or args.compile else speed.for_sampling(m.base)
@@ -70,6 +70,11 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
         m.parameters = list(m.unet.parameters())
     m.modules = {"unet": nn.ParameterList(m.parameters) if args.lora else m.unet}
     return m
+
+
+def calls_base(args: Namespace) -> bool:
+    """Whether the loss calls the base model, so that it stays on the device."""
+    return args.method == "dpo" or args.kl > 0
 
 
 def load_frozen(args: Namespace, preset: presets.Preset | None) -> Models:

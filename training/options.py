@@ -175,6 +175,7 @@ def add_against_collapse(parser: Parser) -> None:
     add = parser.add_argument_group("against collapse", "additions to any method, see baselines/against_collapse.py")
     add = add.add_argument
     add("--prior", type=number(float, 0), default=0.0, metavar="WEIGHT", help="diffusion loss on real images at all t")
+    add("--kl", type=number(float, 0), default=0.0, metavar="WEIGHT", help="squared distance to the base's prediction")
 
 
 def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
