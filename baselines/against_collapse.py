@@ -35,3 +35,8 @@ class KLToBase:
         """The mean over all calls since the last one of `loss`."""
         terms, self.terms = self.terms, []
         return torch.stack(terms).mean()
+
+
+def capped(reward, cap: float):
+    """The reward up to `cap`: the gradient of relu(cap - R), the loss of FlowBP and SRPO, without its constant."""
+    return lambda images, prompts: reward(images, prompts).clamp(max=cap)

@@ -63,3 +63,17 @@ def test_the_kl_of_a_run_is_zero_until_the_first_update(flags, base, tmp_path, f
     monkeypatch.setattr(against_collapse.KLToBase, "loss", lambda self: values.append(loss(self)) or values[-1])
     run(base, tmp_path / "run", "--steps", "2", "--lr", "0.01", "--kl", "1", "--method", *flags)
     assert values[0].item() < 1e-9 < 1e-6 < values[1].item()
+
+
+def test_a_capped_reward_has_the_gradient_of_relu():
+    images = torch.tensor([-0.5, 0.1, 0.7]).view(3, 1, 1, 1).expand(3, 3, 4, 4).clone().requires_grad_()
+    score = against_collapse.capped(brightness, 0.2)(images, ["a"] * 3)
+    (ours,) = torch.autograd.grad(-score.mean(), images)
+    (expected,) = torch.autograd.grad(torch.relu(0.2 - brightness(images, ["a"] * 3)).mean(), images)
+    assert torch.equal(ours, expected) and ours.flatten(1).abs().sum(1).gt(0).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("method, cap, trains", [("refl", -5.0, False), ("draft", 5.0, True)])
+def test_a_run_below_its_cap_trains_and_above_does_not(method, cap, trains, base, tmp_path, fast):
+    (row,) = run(base, tmp_path / "run", "--steps", "1", "--method", method, "--reward-cap", str(cap))
+    assert (row["grad_norm"] > 0) == trains and (row["reward"] == cap) != trains

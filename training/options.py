@@ -176,6 +176,12 @@ def add_against_collapse(parser: Parser) -> None:
     add = add.add_argument
     add("--prior", type=number(float, 0), default=0.0, metavar="WEIGHT", help="diffusion loss on real images at all t")
     add("--kl", type=number(float, 0), default=0.0, metavar="WEIGHT", help="squared distance to the base's prediction")
+    add(
+        "--reward-cap",
+        type=number(float, float("-inf")),
+        metavar="C",
+        help="no gradient for images whose reward is above C: relu(C - R)",
+    )
 
 
 def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
