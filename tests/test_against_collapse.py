@@ -77,3 +77,30 @@ def test_a_capped_reward_has_the_gradient_of_relu():
 def test_a_run_below_its_cap_trains_and_above_does_not(method, cap, trains, base, tmp_path, fast):
     (row,) = run(base, tmp_path / "run", "--steps", "1", "--method", method, "--reward-cap", str(cap))
     assert (row["grad_norm"] > 0) == trains and (row["reward"] == cap) != trains
+
+
+def test_a_flat_reward_is_that_of_the_worst_image_nearby():
+    """For R = w x the worst image at distance rho has the reward R - rho |w|; its gradient stays that of R there."""
+    w = rnd("w", 3, 4, 4)
+    images = rnd("images", 2, 3, 4, 4).requires_grad_()
+
+    def linear(images, prompts):
+        return (images * w).sum((1, 2, 3))
+
+    def quadratic(images, prompts):
+        return images.square().sum((1, 2, 3))
+
+    scores = against_collapse.flat(linear, 0.3)(images, ["a", "b"])
+    assert torch.allclose(scores, linear(images, None) - 0.3 * w.norm(), rtol=1e-5)
+    scores = against_collapse.flat(quadratic, 0.3)(images, ["a", "b"])
+    norms = images.flatten(1).norm(dim=1)
+    assert torch.allclose(scores, (norms - 0.3).square(), rtol=1e-5)
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert torch.allclose(gradient, 2 * images * (1 - 0.3 / norms).view(2, 1, 1, 1), rtol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(against_collapse.flat(quadratic, 0.3)(images, ["a", "b"]), scores)
+
+
+def test_a_run_maximises_the_flat_reward(base, tmp_path, fast):
+    rows = [run(base, tmp_path / rho, "--steps", "1", "--method", "refl", "--flat", rho)[0] for rho in ("0", "3")]
+    assert rows[1]["reward"] < rows[0]["reward"] - 1e-3 and rows[1]["grad_norm"] > 0

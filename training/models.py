@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rewards
-from baselines.against_collapse import capped
+from baselines.against_collapse import capped, flat
 from pretrained import lora
 from pretrained.features import clip_features, dino_features
 from training import presets
@@ -49,7 +49,7 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
     """The networks of a reward fine-tuning run. Raises ValueError if `--compile` would change a gradient."""
     device, dtype = args.device, frozen_dtype(args)
     m = load_frozen(args, preset)
-    m.objective = m.reward
+    m.objective = flat(m.reward, args.flat) if args.flat else m.reward
     if args.reward_cap is not None:
         m.objective = capped(m.objective, args.reward_cap)
     speed = acceleration.speed("--shard" if args.shard else "--compile" if args.compile else None)

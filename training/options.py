@@ -182,6 +182,7 @@ def add_against_collapse(parser: Parser) -> None:
         metavar="C",
         help="no gradient for images whose reward is above C: relu(C - R)",
     )
+    add("--flat", type=number(float, 0), default=0.0, metavar="RHO", help="the reward at the worst image this far away")
 
 
 def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
