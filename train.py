@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import torch
 
 from baselines import baseline_loss
-from baselines.against_collapse import KLToBase, prior_loss
+from baselines.against_collapse import KLToBase, prior_loss, update_ema
 from imagerefl import REFL_EVERY, imagerefl_losses
 from refl import refl_loss
 from scheduler import Scheduler, sample_noise
@@ -66,8 +66,12 @@ def main(args) -> None:
                 (loss / args.accumulate).backward()
             if run.gradients_are_finite():  # after all-reduce and clipping
                 optimizer.step()
+                if args.ema:
+                    update_ema(m.modules["ema"], m.parameters, args.ema, update)
             optimizer.zero_grad(set_to_none=True)
 
+        if args.ema:
+            m.unet = m.modules["ema"]
         if run.save_result(fast):
             base_steps = run.preset.switch[method_name(args)]
             rows = {"base": STEPS, "tuned": 0, f"--switch {base_steps}": base_steps}  # name -> steps of the base model

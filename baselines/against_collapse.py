@@ -1,7 +1,7 @@
 """Additions to any method against collapse, where the reward rises while diversity and all other measures fall."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scheduler import TRAIN_STEPS, Scheduler, diffusion_loss, expand_timesteps, sample_noise
 from utils.device import to_device
@@ -56,3 +56,10 @@ def flat(reward, rho: float):
         return reward(images - rho * g / norm, prompts)
 
     return score
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, parameters: list[Tensor], decay: float, update: int) -> None:
+    """Move an exponential moving average of the weights towards them, after an update."""
+    decay = min(decay, (update + 1) / (update + 10))  # shorter at first, to forget the initial weights
+    torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)

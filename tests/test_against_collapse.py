@@ -9,7 +9,9 @@ from test_baselines import base, fast, run
 from test_methods import CONDITIONING, PROMPTS, SCHEDULER, brightness, seeded, unet, vae
 
 import train
+import weights
 from baselines import against_collapse
+from training import monitor
 
 
 def test_the_prior_is_the_diffusion_loss_at_any_t(unet):
@@ -104,3 +106,31 @@ def test_a_flat_reward_is_that_of_the_worst_image_nearby():
 def test_a_run_maximises_the_flat_reward(base, tmp_path, fast):
     rows = [run(base, tmp_path / rho, "--steps", "1", "--method", "refl", "--flat", rho)[0] for rho in ("0", "3")]
     assert rows[1]["reward"] < rows[0]["reward"] - 1e-3 and rows[1]["grad_norm"] > 0
+
+
+def test_the_average_of_the_weights_is_saved_and_sampled(base, tmp_path, fast, monkeypatch):
+    seen, table = [], []
+    update_ema = against_collapse.update_ema
+
+    def recorded(average, parameters, decay, update):
+        update_ema(average, parameters, decay, update)
+        seen.append([p.detach().clone() for p in parameters])
+
+    monkeypatch.setattr(train, "update_ema", recorded)
+    monkeypatch.setattr(monitor, "evaluate", lambda run, steps: table.append(run.models))
+    run(base, tmp_path / "run", "--steps", "2", "--method", "refl", "--ema", "0.5")
+    initial = weights.load_unet(base).parameters()
+    saved = list(weights.load_unet(tmp_path / "run").parameters())
+    for p0, p1, p2, average in zip(initial, *seen, saved, strict=True):  # decays 1 / 10 and 2 / 11
+        assert torch.allclose(average, 2 / 11 * (0.1 * p0 + 0.9 * p1) + 9 / 11 * p2, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(table[0].tuned.parameters(), saved, strict=True))
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_an_average_ends_with_the_same_weights(base, tmp_path, fast):
+    flags = ["--method", "refl", "--ema", "0.9"]
+    run(base, tmp_path / "uninterrupted", *flags, "--steps", "3")
+    run(base, tmp_path / "resumed", *flags, "--steps", "2")
+    train.main(train.parse_args(["--resume", str(tmp_path / "resumed"), "--steps", "3"]))
+    pairs = [weights.load_unet(tmp_path / name).parameters() for name in ("uninterrupted", "resumed")]
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))

@@ -74,6 +74,8 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
         speed.shard(m.unet)
         m.parameters = list(m.unet.parameters())
     m.modules = {"unet": nn.ParameterList(m.parameters) if args.lora else m.unet}
+    if args.ema:
+        m.tuned = m.modules["ema"] = copy.deepcopy(m.unet).requires_grad_(False)
     return m
 
 

@@ -183,6 +183,7 @@ def add_against_collapse(parser: Parser) -> None:
         help="no gradient for images whose reward is above C: relu(C - R)",
     )
     add("--flat", type=number(float, 0), default=0.0, metavar="RHO", help="the reward at the worst image this far away")
+    add("--ema", type=number(float, 0, 1), default=0.0, metavar="DECAY", help="save a moving average of the weights")
 
 
 def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
@@ -230,6 +231,8 @@ def resolve(args: Namespace, preset: presets.Preset) -> None:
     for flag in ("lora", "compile", "plan"):
         if args.shard and getattr(args, flag):
             raise ValueError(f"--{flag} cannot be combined with --shard; leave out one of them")
+    if args.method != "diffusion" and args.ema and (args.lora or args.shard):
+        raise ValueError(f"--ema averages a whole UNet; leave out --{'lora' if args.lora else 'shard'}")
     if args.shard and distributed.world_size == 1:
         raise ValueError("--shard spreads the weights over processes: torchrun --nproc-per-node N train.py ... --shard")
     distributed.check_divisible(args.batch_size, args.accumulate)
