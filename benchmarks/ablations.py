@@ -187,7 +187,10 @@ def call(command: list[str], log: Path, args: Namespace) -> None:
 
 
 def train(variant: Variant, seed: int, run: Path, args: Namespace) -> None:
-    """Train one model, or resume it."""
+    """Train one model, or resume it, unless it is finished. Raises OutOfTime where it stops before its end."""
+    result = run / "unet" / "config.json"  # written last
+    if result.exists():
+        return
     per_stage = updates_per_stage(variant, args)
     flags = ["--method", *variant.flags, "--base", args.base, "--steps", str(per_stage * args.stages)]
     flags += ["--save-every", str(per_stage), "--keep", str(args.stages), "--save-minutes", "1000"]
@@ -196,7 +199,7 @@ def train(variant: Variant, seed: int, run: Path, args: Namespace) -> None:
     flags = ["--resume", str(run)] if (run / "run.json").exists() else flags
     command = [sys.executable, "-c", SET_CONSTANTS, str(ROOT), str(ROOT / "train.py"), *variant.constants, "--", *flags]
     call(command, Path(f"{run}.log"), args)
-    if not (run / "unet" / "config.json").exists():
+    if not result.exists():
         raise OutOfTime
 
 
