@@ -18,6 +18,11 @@ COLUMNS = {
     "diversity": "diversity",
     "fid": "FID",
 }
+PREDICTION = """\
+Predicted from the schedule before any run: eps_theta enters x_0 with weight 3.2 at step 0, 0.7 at 10, 0.2 at 20, 0.1 at
+30 and 0.04 at 39 along the sampler, and 0.64 at ReFL's t_f = 30. So a late switch should leave least of what DRTune has
+learned, and nearly all of DRaFT-3, which trains the last three steps alone. Where DRaFT-3 alone loses no diversity,
+combined generation has nothing to give back to it."""
 HELD_OUT = ("tiny2", "rater", "concept")
 LATE = 30  # the switch at which a method that starts from images is compared
 
@@ -113,7 +118,7 @@ def text(runs: dict, variants: list, budget: int, gain: float, base: Curve) -> s
         "At equal arithmetic": lambda stages: float(budget),
         f"At equal trained reward, +{gain:g}": lambda stages: reaching(stages, gain),
     }
-    lines = []
+    lines = [PREDICTION]
     for title, place in places.items():
         rows, found = [["Base, no guidance", "0", "", *(cell([v]) for v in base[0].values())]], {}
         rows.append(["Base", "0", "", *(cell([v]) for v in base[max(base)].values())])

@@ -155,6 +155,18 @@ def test_the_gradient_of_drtune_is_that_of_the_linear_path(unet, vae, monkeypatc
     assert grads.keys() == {SCHEDULER.timesteps[34], SCHEDULER.timesteps[36]}
 
 
+def test_the_weights_of_the_steps_that_the_documents_name():
+    """|d x_0 / d eps_theta|: along the sampler by autograd, and where x_0 is predicted at the step."""
+    eps = torch.zeros(40, 1, 1, 1, requires_grad=True)
+    x = torch.zeros(1, 1, 1, 1)
+    for i in SCHEDULER.steps:
+        x = SCHEDULER.step(i, x, eps[i : i + 1], seeded())
+    x.sum().backward()
+    weights = eps.grad.abs().flatten()
+    assert weights[[0, 10, 20, 30, 39]].tolist() == pytest.approx([3.19, 0.682, 0.227, 0.116, 0.041], abs=5e-3)
+    assert (1 / SCHEDULER.abar[226] - 1).sqrt().item() == pytest.approx(0.635, abs=5e-3)
+
+
 # ------------------------------------------------------------------------------------------------ Diffusion-DPO
 
 
