@@ -97,14 +97,18 @@ def layout(heads: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows]]
 
 
+def cells(points: list[dict[str, float]]) -> list[str]:
+    """A cell per column, over the seeds."""
+    return [cell([point[key] for point in points], 1 if key == "concept" else 3) for key in COLUMNS if key in points[0]]
+
+
 def rows_of(title: str, curves: list[Curve], combined: int, updates: list[float]) -> list[list[str]]:
     """A row for the tuned model alone, and one for its combined generation."""
     rows = []
     for steps in (0, combined):
         own = [curve[steps] for curve in curves if steps in curve]
-        cells = [cell([c[key] for c in own], 1 if key == "concept" else 3) for key in COLUMNS if own and key in own[0]]
         if own:
-            rows.append([f"{title}, switch {steps}" if steps else title, cell(updates, 0), str(len(own)), *cells])
+            rows.append([f"{title}, switch {steps}" if steps else title, cell(updates, 0), str(len(own)), *cells(own)])
     return rows
 
 
@@ -120,8 +124,10 @@ def text(runs: dict, variants: list, budget: int, gain: float, base: Curve) -> s
     }
     lines = [PREDICTION]
     for title, place in places.items():
-        rows, found = [["Base, no guidance", "0", "", *(cell([v]) for v in base[0].values())]], {}
-        rows.append(["Base", "0", "", *(cell([v]) for v in base[max(base)].values())])
+        rows, found = (
+            [["Base, no guidance", "0", "", *cells([base[0]])], ["Base", "0", "", *cells([base[max(base)]])]],
+            {},
+        )
         for variant in variants:
             own = {seed: run for (name, seed), run in runs.items() if name == variant.name}
             at = {seed: place(stages) for seed, (stages, _) in own.items()}
@@ -133,7 +139,9 @@ def text(runs: dict, variants: list, budget: int, gain: float, base: Curve) -> s
                 rows.append([f"{variant.title}: not reached by {missing} of {len(own)}", *[""] * (len(rows[0]) - 1)])
             found[variant.name] = curves
         lines += [f"\n## {title}\n", "Mean ± standard error over the seeds.\n"]
-        lines += layout(["", "updates", "seeds", *(COLUMNS[key] for key in base[0])], rows) + claims(variants, found)
+        lines += layout(["", "updates", "seeds", *(COLUMNS[key] for key in COLUMNS if key in base[0])], rows) + claims(
+            variants, found
+        )
     return "\n".join(lines).strip() + "\n"
 
 

@@ -141,6 +141,7 @@ def fake(monkeypatch):
         return {"points": points, "steps": 40}
 
     monkeypatch.setattr(ablations, "evaluate", evaluate)
+    monkeypatch.setattr(ablations, "updates_per_stage", lambda *_: 38)
     return trained
 
 
