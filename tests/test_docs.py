@@ -14,7 +14,7 @@ from training import presets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_TO_CODE = ROOT / "docs" / "paper_to_code.md"
-OTHERS = ("docs/paper_vs_official_code.md", "docs/reliability.md", "docs/glossary.md", "README.md")
+OTHERS = ("docs/paper_vs_official_code.md", "docs/reliability.md", "docs/glossary.md", "docs/study.md", "README.md")
 DOCUMENTS = [PAPER_TO_CODE, *(ROOT / name for name in OTHERS)]
 EQUATIONS = (1, 2, 3, 4, 5)
 
@@ -228,9 +228,9 @@ def test_ci_runs_the_readmes_test_command_word_for_word():
     assert command in [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name, draw", [("steps", "steps_diagram"), ("schedule", "schedule_diagram")])
-def test_the_diagrams_are_those_of_the_code(name, draw):
-    drawn = getattr(make_diagrams, draw)()
+@pytest.mark.parametrize("name", make_diagrams.DIAGRAMS)
+def test_the_diagrams_are_those_of_the_code(name):
+    drawn = make_diagrams.DIAGRAMS[name]()
     assert (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8") == drawn, "run python docs/make_diagrams.py"
     ElementTree.fromstring(drawn)
 

@@ -41,6 +41,9 @@ class Preset:
     prompts: tuple[str, ...]  # for a run's sample grids and table
 
 
+TINY_REWARDS = ("tiny", "tiny2", "rater")  # of the tiny base; the last one is the ground truth, for its own prompts
+
+
 def switches(refl: int, imagerefl: int) -> dict[str, int]:
     """Base steps by the method's name in a checkpoint. Late where it trains the last steps alone, as from an image."""
     late = ("imagerefl", "draft", *(f"image-{name}" for name in BASELINES))
