@@ -35,7 +35,7 @@ def main(args) -> None:
     k_R, k_D = args.reward_scale, args.diffusion_scale
     with open_run(args) as run:
         m = run.models
-        vae, text, reward = m.vae, m.text, m.objective
+        vae, text, reward = m.vae, m.text, m.reward
         optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
         run.restore(optimizer)
         fast = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster

@@ -37,27 +37,6 @@ class KLToBase:
         return torch.stack(terms).mean()
 
 
-def capped(reward, cap: float):
-    """The reward up to `cap`: the gradient of relu(cap - R), the loss of FlowBP and SRPO, without its constant."""
-    return lambda images, prompts: reward(images, prompts).clamp(max=cap)
-
-
-def flat(reward, rho: float):
-    """The reward at the worst image nearby (RSA-FT, arXiv 2603.21175): R(x - rho g / |g|, c), g the gradient at x.
-
-    Where a reward is steep, it is easily fooled. |g| is of each image, which the paper leaves open.
-    """
-
-    def score(images: Tensor, prompts: list[str]) -> Tensor:
-        with torch.enable_grad():
-            x = images.detach().requires_grad_()
-            (g,) = torch.autograd.grad(reward(x, prompts).sum(), x)
-        norm = g.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
-        return reward(images - rho * g / norm, prompts)
-
-    return score
-
-
 @torch.no_grad()
 def update_ema(average: nn.Module, parameters: list[Tensor], decay: float, update: int) -> None:
     """Move an exponential moving average of the weights towards them, after an update."""

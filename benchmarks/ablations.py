@@ -99,9 +99,6 @@ GROUPS = {
         Variant("prior-1e-3", "ReFL, prior 1e-3", ("refl", "--prior", "1e-3")),
         Variant("kl-1e-3", "ReFL, KL 1e-3", ("refl", "--kl", "1e-3")),
         Variant("kl-1e-2", "ReFL, KL 1e-2", ("refl", "--kl", "1e-2")),
-        Variant("flat-0.1", "ReFL, flat 0.1", ("refl", "--flat", "0.1")),
-        Variant("flat-1", "ReFL, flat 1", ("refl", "--flat", "1")),
-        Variant("cap", "ReFL, cap 0.85", ("refl", "--reward-cap", "0.85")),
         Variant("ema", "ReFL, EMA 0.95", ("refl", "--ema", "0.95")),
     ),
 }
@@ -149,12 +146,7 @@ def cost_of(variant: Variant, base: str) -> float:
         costs = cost.costs_of(args, parts)
     finally:
         vars(cost).update(before)
-    total = costs["3:1 mix" if args.method == "imagerefl" else args.method]
-    if args.prior:
-        total += parts["UNet with gradients"] + parts["encode"] * (args.method == "refl")
-    if args.kl:
-        total += parts["UNet forward"]
-    return total + parts["reward with gradients"] * bool(args.flat)
+    return costs["3:1 mix" if args.method == "imagerefl" else args.method]
 
 
 def updates_per_stage(variant: Variant, args: Namespace) -> int:

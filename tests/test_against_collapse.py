@@ -11,7 +11,7 @@ from test_methods import CONDITIONING, PROMPTS, SCHEDULER, brightness, seeded, u
 import train
 import weights
 from baselines import against_collapse
-from training import monitor
+from training import cost, monitor, options
 
 
 def test_the_prior_is_the_diffusion_loss_at_any_t(unet):
@@ -67,45 +67,22 @@ def test_the_kl_of_a_run_is_zero_until_the_first_update(flags, base, tmp_path, f
     assert values[0].item() < 1e-9 < 1e-6 < values[1].item()
 
 
-def test_a_capped_reward_has_the_gradient_of_relu():
-    images = torch.tensor([-0.5, 0.1, 0.7]).view(3, 1, 1, 1).expand(3, 3, 4, 4).clone().requires_grad_()
-    score = against_collapse.capped(brightness, 0.2)(images, ["a"] * 3)
-    (ours,) = torch.autograd.grad(-score.mean(), images)
-    (expected,) = torch.autograd.grad(torch.relu(0.2 - brightness(images, ["a"] * 3)).mean(), images)
-    assert torch.equal(ours, expected) and ours.flatten(1).abs().sum(1).gt(0).tolist() == [True, True, False]
-
-
-@pytest.mark.parametrize("method, cap, trains", [("refl", -5.0, False), ("draft", 5.0, True)])
-def test_a_run_below_its_cap_trains_and_above_does_not(method, cap, trains, base, tmp_path, fast):
-    (row,) = run(base, tmp_path / "run", "--steps", "1", "--method", method, "--reward-cap", str(cap))
-    assert (row["grad_norm"] > 0) == trains and (row["reward"] == cap) != trains
-
-
-def test_a_flat_reward_is_that_of_the_worst_image_nearby():
-    """For R = w x the worst image at distance rho has the reward R - rho |w|; its gradient stays that of R there."""
-    w = rnd("w", 3, 4, 4)
-    images = rnd("images", 2, 3, 4, 4).requires_grad_()
-
-    def linear(images, prompts):
-        return (images * w).sum((1, 2, 3))
-
-    def quadratic(images, prompts):
-        return images.square().sum((1, 2, 3))
-
-    scores = against_collapse.flat(linear, 0.3)(images, ["a", "b"])
-    assert torch.allclose(scores, linear(images, None) - 0.3 * w.norm(), rtol=1e-5)
-    scores = against_collapse.flat(quadratic, 0.3)(images, ["a", "b"])
-    norms = images.flatten(1).norm(dim=1)
-    assert torch.allclose(scores, (norms - 0.3).square(), rtol=1e-5)
-    (gradient,) = torch.autograd.grad(scores.sum(), images)
-    assert torch.allclose(gradient, 2 * images * (1 - 0.3 / norms).view(2, 1, 1, 1), rtol=1e-4)
-    with torch.no_grad():
-        assert torch.allclose(against_collapse.flat(quadratic, 0.3)(images, ["a", "b"]), scores)
-
-
-def test_a_run_maximises_the_flat_reward(base, tmp_path, fast):
-    rows = [run(base, tmp_path / rho, "--steps", "1", "--method", "refl", "--flat", rho)[0] for rho in ("0", "3")]
-    assert rows[1]["reward"] < rows[0]["reward"] - 1e-3 and rows[1]["grad_norm"] > 0
+@pytest.mark.parametrize(
+    "flags, name, expected",
+    [
+        (["refl", "--kl", "1"], "refl", 44 + 1),
+        (["refl", "--prior", "1"], "refl", 44 + 3 + 2),
+        (["imagerefl", "--kl", "1", "--prior", "1"], "3:1 mix", (3 * 18.1 + 44) / 4 + (3 * 2 + 1) / 4 + 3),
+        (["draft", "--kl", "1"], "draft", 52.5 + 3),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_they_add_to_the_cost_of_an_image(flags, name, expected):
+    names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
+    args = options.parse_args(["--method", *flags])
+    options.resolve(args, options.presets.TINY)
+    costs = cost.costs_of(args, dict(zip(names, (1, 3, 6, 2, 0.5), strict=True)))
+    assert costs[name] == pytest.approx(expected) and costs["diffusion"] in (5, 6)
 
 
 def test_the_average_of_the_weights_is_saved_and_sampled(base, tmp_path, fast, monkeypatch):

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401, F811 - fixtures
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from recipe import filled, golden_config, mini_base, rnd
 from test_methods import CONDITIONING, PROMPTS, SCHEDULER, brightness, seeded, unet, vae
+from test_speed import CONFIG, SMALL_VAE
 
 import baselines
 import refl
@@ -258,7 +260,7 @@ def test_three_updates_of_four_start_from_an_image(method, flags, from_image, un
     monkeypatch.setattr(baselines, "ranked_pairs", loss)
     args = options.parse_args(["--method", method, *flags, *["--from-image"] * from_image, "--device", "cpu"])
     options.resolve(args, options.presets.TINY)
-    m = SimpleNamespace(vae=vae, objective=brightness, base=unet)
+    m = SimpleNamespace(vae=vae, reward=brightness, base=unet)
     run = SimpleNamespace(
         has_pairs=False, args=args, models=m, latent_shape=lambda p: (len(p), 4, 4, 4), log=lambda **v: logged.append(v)
     )
@@ -291,6 +293,33 @@ def test_the_cost_of_an_image_adds_up(flags, expected):
     args = options.parse_args(["--method", *flags])
     options.resolve(args, options.presets.TINY)
     assert cost.baseline_cost(args, dict(zip(names, (1, 3, 6, 2, 0.5), strict=True))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "flags, copies",
+    [
+        pytest.param(
+            ["draft", "--gradient-steps", "2", "--lv-samples", "1", "--prior", "1", "--ema", "0.9"],
+            1,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["drtune", "--from-image"], 0, marks=pytest.mark.slow),
+        (["dpo", "--kl", "1", "--ema", "0.9"], 2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_plan_keeps_the_copies_and_activations_of_a_method(flags, copies):
+    def memory_of(*flags: str) -> cost.MemoryModel:
+        args = options.parse_args(["--method", *flags, "--resolution", "16", "--device", "cpu"])
+        options.resolve(args, options.presets.TINY)
+        return cost.MemoryModel(args, CONFIG, SMALL_VAE)
+
+    memory, size = memory_of(*flags), sum(p.nbytes for p in UNet(CONFIG).parameters())
+    assert memory.between_updates - memory_of("refl").between_updates == copies * size
+    kept, peaks = memory.peak("", (1, 5))
+    for n, peak in zip((1, 5), peaks, strict=True):
+        memory.IMAGES = n
+        assert kept + max(itertools.accumulate(memory.micro_batch(False, False))) == pytest.approx(peak, abs=10_000)
 
 
 # ------------------------------------------------------------------------------------------------ the command

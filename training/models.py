@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import rewards
-from baselines.against_collapse import capped, flat
 from pretrained import lora
 from pretrained.features import clip_features, dino_features
 from training import presets
@@ -31,7 +30,6 @@ class Models:
     tuned: Callable | None = None  # samples with the model in training
     net: Callable | None = None  # `unet`, or its compiled version
     reward: Callable | None = None
-    objective: Callable | None = None  # the reward as the loss sees it
     judge: Callable | None = None  # the held-out reward
     features: Callable | None = None  # images -> features for the diversity
     modules: dict[str, nn.Module] = field(default_factory=dict)  # what a checkpoint holds
@@ -49,9 +47,6 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
     """The networks of a reward fine-tuning run. Raises ValueError if `--compile` would change a gradient."""
     device, dtype = args.device, frozen_dtype(args)
     m = load_frozen(args, preset)
-    m.objective = flat(m.reward, args.flat) if args.flat else m.reward
-    if args.reward_cap is not None:
-        m.objective = capped(m.objective, args.reward_cap)
     speed = acceleration.speed("--shard" if args.shard else "--compile" if args.compile else None)
     if args.lora:
         m.unet = load_unet(args.base, device, dtype)

@@ -172,17 +172,11 @@ def add_saving(parser: Parser) -> None:
 
 
 def add_against_collapse(parser: Parser) -> None:
-    add = parser.add_argument_group("against collapse", "additions to any method, see baselines/against_collapse.py")
-    add = add.add_argument
+    add = parser.add_argument_group(
+        "against collapse (not in the paper)", "additions to any method, see baselines/against_collapse.py"
+    ).add_argument
     add("--prior", type=number(float, 0), default=0.0, metavar="WEIGHT", help="diffusion loss on real images at all t")
     add("--kl", type=number(float, 0), default=0.0, metavar="WEIGHT", help="squared distance to the base's prediction")
-    add(
-        "--reward-cap",
-        type=number(float, float("-inf")),
-        metavar="C",
-        help="no gradient for images whose reward is above C: relu(C - R)",
-    )
-    add("--flat", type=number(float, 0), default=0.0, metavar="RHO", help="the reward at the worst image this far away")
     add("--ema", type=number(float, 0, 1), default=0.0, metavar="DECAY", help="save a moving average of the weights")
 
 
