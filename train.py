@@ -3,7 +3,7 @@
     python train.py --method imagerefl --base tiny
 
 This file is the method; what surrounds an update is in `training/`, and `speed/` makes it faster. Section 5.3 of the
-paper has the numbers: k_R = 1e-3, k_D = 1e-5, AdamW at 3e-4.
+paper has the numbers: k_R = 1e-3, k_D = 1e-5, AdamW at 3e-4. Other methods are in `baselines/`.
 """
 
 from training.options import STEPS, parse_args
@@ -14,12 +14,16 @@ if __name__ == "__main__":
 
 import torch
 
+from baselines import baseline_loss
+from baselines.against_collapse import KLToBase, prior_loss, update_ema
 from imagerefl import REFL_EVERY, imagerefl_losses
 from refl import refl_loss
 from scheduler import Scheduler, sample_noise
 from training import cost, monitor
 from training.models import accelerate
+from training.presets import BASELINES
 from training.run import open_run
+from training.run_folder import method_name
 
 ADAM_EPS = 1e-15  # the loss is scaled by 1e-3 and less, so Adam's usual 1e-8 would shrink the updates
 
@@ -34,14 +38,17 @@ def main(args) -> None:
         vae, text, reward = m.vae, m.text, m.reward
         optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
         run.restore(optimizer)
-        unet = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
+        fast = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
+        unet = KLToBase(fast, m.base) if args.kl else fast
 
         for update in run.updates(optimizer):
             is_refl = args.method == "refl" or update % REFL_EVERY == REFL_EVERY - 1  # 3 : 1
             for x0, prompts, rng in run.micro_batches(update):
                 with run.autocast():
                     c = text(prompts, run.size)
-                    if is_refl:
+                    if args.method in BASELINES:
+                        loss = baseline_loss(run, unet, scheduler, update, x0, c, prompts, rng)
+                    elif is_refl:
                         x_T = sample_noise(run.latent_shape(prompts), rng, args.device)
                         l_reward = refl_loss(unet, vae, reward, scheduler, x_T, c, prompts, rng, args.shift)
                         loss = k_R * l_reward
@@ -52,13 +59,21 @@ def main(args) -> None:
                         )
                         loss = k_R * l_reward + k_D * l_diffusion
                         run.log(reward=-l_reward, diffusion=l_diffusion)
+                    if args.prior:
+                        loss = loss + args.prior * prior_loss(fast, scheduler, x0, c, rng)
+                    if args.kl:
+                        loss = loss + args.kl * unet.loss()
                 (loss / args.accumulate).backward()
             if run.gradients_are_finite():  # after all-reduce and clipping
                 optimizer.step()
+                if args.ema:
+                    update_ema(m.modules["ema"], m.parameters, args.ema, update)
             optimizer.zero_grad(set_to_none=True)
 
-        if run.save_result(unet):
-            base_steps = run.preset.switch[args.method]
+        if args.ema:
+            m.unet = m.modules["ema"]
+        if run.save_result(fast):
+            base_steps = run.preset.switch[method_name(args)]
             rows = {"base": STEPS, "tuned": 0, f"--switch {base_steps}": base_steps}  # name -> steps of the base model
             table = monitor.summarise(monitor.evaluate(run, list(rows.values())), list(rows))
             run.finish(table, f"python sample.py --checkpoint {run.folder} --switch {base_steps}")

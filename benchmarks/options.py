@@ -40,3 +40,32 @@ def gpu_args(description: str, argv: list[str] | None = None) -> Namespace:
     add("--sizes", choices=("tiny", "gpu"), default="gpu", help="tiny is a rehearsal (default: gpu)")
     add("--output", default=str(RESULTS / "gpu"), help="path without suffix (default: benchmarks/results/gpu)")
     return parser.parse(argv)
+
+
+def seeds(text: str) -> list[int]:
+    """Whole numbers joined by commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def ablation_args(description: str, argv: list[str] | None = None) -> Namespace:
+    parser = Parser(description)
+    add = parser.add_argument
+    add("--groups", default="methods,k_D,mix,start,t_f", help="of methods, k_D, mix, start, t_f, collapse")
+    add("--seeds", type=seeds, default=[1, 2, 3], metavar="N,N", help="training seeds (default: 1,2,3)")
+    add("--updates", type=positive, default=75, help="ReFL updates whose arithmetic is the budget (default: 75)")
+    add("--stages", type=positive, default=4, help="checkpoints that are evaluated, an even number (default: 4)")
+    add(
+        "--gain", type=float, default=0.15, help="rise of the trained reward at which runs are compared (default: 0.15)"
+    )
+    add("--limit", type=positive, metavar="N", help="evaluate the first N prompts (default: all 64)")
+    add("--switches", default="0,5,10,20,30,35", help="base steps of the switch curves (default: 0,5,10,20,30,35)")
+    add("--base", default="tiny", help="the tiny base, or a folder of its layout (default: tiny)")
+    add("--device", help="default: cuda if available, else cpu")
+    add("--jobs", type=positive, default=1, help="runs at the same time (default: 1)")
+    add("--minutes", type=number(float, 0), default=1e6, help="stop after this time (default: none)")
+    add("--rehearse", action="store_true", help="two updates per run, one seed, two prompts, three switches")
+    add("--output-dir", default="runs/ablations", help="default: runs/ablations")
+    args = parser.parse(argv)
+    if args.rehearse:
+        args.updates, args.stages, args.seeds, args.limit, args.switches = 1, 2, [1], 2, "0,10,30"
+    return args

@@ -1,8 +1,8 @@
 """Make the pictures of the documents from the tiny base and two default runs.
 
-    python train.py --method imagerefl
-    python train.py --method refl
-    python docs/make_pictures.py       # docs/main.png, tiny/sheet.png
+python train.py --method imagerefl
+python train.py --method refl
+python docs/make_pictures.py       # docs/main.png, tiny/sheet.png
 """
 
 import sys

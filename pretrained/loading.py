@@ -249,7 +249,8 @@ def tuning_metadata(checkpoint: str | Path) -> dict:
     """How a model was tuned, such as `method` and `base`: the flags of a run, or the header of its weight file."""
     run = Path(checkpoint) / "run.json"
     if run.is_file():
-        return weight_files.read_json(run).get("args", {})
+        flags = weight_files.read_json(run).get("args", {})
+        return flags | ({"method": f"image-{flags['method']}"} if flags.get("from_image") else {})
     if own_base(checkpoint):
         return {"method": "imagerefl"}
     return weight_files.read_metadata(weight_files.weight_files(find(checkpoint, "tuned_unet"))[0])

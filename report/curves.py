@@ -10,7 +10,8 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-METHODS = {"refl": "ReFL", "imagerefl": "ImageReFL"}
+METHODS = {"refl": "ReFL", "imagerefl": "ImageReFL", "draft": "DRaFT", "drtune": "DRTune", "dpo": "DPO"}
+METHODS |= {f"image-{name}": f"Image-{METHODS[name]}" for name in ("draft", "drtune", "dpo")}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9")  # colour-blind safe (Okabe and Ito)
 SHAPES = (0, 4, 3, -4, 5)  # corners: circle, square, triangle, diamond, pentagon
 STAR = 10

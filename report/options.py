@@ -28,7 +28,7 @@ def evaluate_args(argv: list[str] | None = None, description: str | None = None)
     add = group.add_argument
     add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
     add("--checkpoint", action="append", default=[], metavar="[METHOD=]PATH",
-        help="tuned model; repeat for more. METHOD: refl or imagerefl, where its files do not say it")  # fmt: skip
+        help="tuned model; repeat for more. METHOD: refl, imagerefl, draft, ... if its files are silent")  # fmt: skip
     add("--sweep", action="append", default=[], type=sweep, metavar="NAME=V,V",
         help="more points for the curves: switch=0,5,10,20,30 for all models, aig=1,2,4 for ReFL models")  # fmt: skip
     add("--prompts", help="text file, HPDv2 test.json or benchmark file, COCO captions (default: the base's own)")

@@ -18,6 +18,7 @@ COMMANDS = ("train", "sample", "evaluate", "reproduce", "study", "weights")
 LAYERS = (  # a file imports from its own layer and those before it
     ("utils",),
     CORE,
+    ("baselines",),
     ("pretrained", "speed"),
     ("report",),
     ("training",),

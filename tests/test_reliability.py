@@ -126,6 +126,9 @@ def assert_same_run(a: Path, b: Path) -> None:
         ["--method", "imagerefl", "--batch-size", "1", "--max-grad-norm", "0.1"],
         ["--method", "imagerefl", "--batch-size", "1", "--lora", "2", "--warmup", "4"],
         ["--method", "diffusion", "--ema", "0.9", "--accumulate", "2", "--snr-gamma", "5"],
+        pytest.param(["--method", "draft", "--batch-size", "1", "--gradient-steps", "1-3"], marks=pytest.mark.slow),
+        pytest.param(["--method", "drtune", "--batch-size", "1", "--from-image"], marks=pytest.mark.slow),
+        pytest.param(["--method", "dpo", "--batch-size", "1"], marks=pytest.mark.slow),
     ],
     ids=lambda flags: " ".join(flags[1:]),
 )

@@ -455,9 +455,13 @@ def test_reading_a_value_of_a_tensor_without_data_is_an_error():
         x + 1
 
 
+PLAIN = {"kl": 0.0, "prior": 0.0, "ema": 0.0, "from_image": False}  # flags of baselines/ that are not given
+
+
 def test_memory_of_any_number_of_images_from_one_micro_batch(folders):  # noqa: F811
     """The same peaks as in micro-batches of that many images. MPS encodes one more text than there are images."""
-    args = SimpleNamespace(method="refl", reward="mps", reward_weights=str(folders["mps"]), resolution=16, lora=None)
+    files = {"reward": "mps", "reward_weights": str(folders["mps"])}
+    args = SimpleNamespace(method="refl", resolution=16, lora=None, **files, **PLAIN)
     memory = cost.MemoryModel(args, CONFIG, SMALL_VAE)
     kept, peaks = memory.peak("--checkpointing decoder", (1, 2, 5))
     assert kept == memory.between_updates + memory.text_bytes
@@ -471,7 +475,7 @@ def test_memory_of_any_number_of_images_from_one_micro_batch(folders):  # noqa: 
 def test_memory_with_adapters_is_a_bf16_unet_and_the_activations():
     """Memory needed only while building the networks does not count."""
     config = replace(CONFIG, channels=(128, 128))
-    args = {"method": "diffusion", "reward_weights": None, "resolution": 16}
+    args = {"method": "diffusion", "reward_weights": None, "resolution": 16} | PLAIN
     bf16_bytes = sum(p.nbytes for p in UNet(config).parameters()) / 2
     (full, _), (lora_kept, (one, two)) = (
         cost.MemoryModel(SimpleNamespace(**args, lora=rank), config, SMALL_VAE).peak("text-on-cpu")

@@ -8,11 +8,11 @@ tracked through one micro-batch. A multiplication and its addition are 2 FLOP.
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ import rewards
 import unet as unets
 import vae as vaes
 import weights
+from baselines.against_collapse import KLToBase, prior_loss
+from baselines.dpo import dpo_loss, ranked_pairs
+from baselines.draft import draft_loss
 from imagerefl import REFL_EVERY
 from pretrained import lora, preprocess, reward_files, reward_networks
 from pretrained.configs import unet_config, unet_dict, vae_config
@@ -30,9 +33,11 @@ from refl import T_MAX, reward_loss
 from scheduler import Scheduler, diffusion_loss
 from training import presets
 from training.fake_tensors import AllocationTracker, ShapeMode, norms_in_float32, to_bf16
+from training.models import calls_base
 from training.options import STEPS, resolve
 from unet import UNet, UNetConfig, Upsample
 from utils import acceleration
+from utils.cli import number_range
 from vae import VAE, VAEConfig
 
 PUBLISHED = {"sd15": (unets.SD15, vaes.SD15), "sdxl": (unets.SDXL, vaes.SDXL)}
@@ -46,6 +51,9 @@ SAVINGS = (  # flags that save memory, from fast to slow
     "--checkpointing unet,decoder --text-on-cpu",
 )
 SCHEDULER = Scheduler(STEPS, eta=1.0)
+RATIOS = {  # rough FLOPs, in forward passes of the UNet
+    "UNet forward": 1, "UNet with gradients": 3, "decode with gradients": 8, "reward with gradients": 0.5, "encode": 2,
+}  # fmt: skip
 
 
 @dataclass
@@ -177,6 +185,45 @@ def per_image(parts: dict[str, float], start: int = 30) -> dict[str, float]:
     return costs
 
 
+def baseline_cost(args, parts: dict[str, float]) -> float:
+    """Mean FLOPs per image of an update of DRaFT, DRTune or DPO; with --from-image of its mix of updates."""
+    T, forward, gradients = len(SCHEDULER.steps), parts["UNet forward"], parts["UNet with gradients"]
+    scoring = parts["decode with gradients"] + parts["reward with gradients"]
+
+    def update(first: int) -> float:
+        """From step `first` to x0."""
+        if args.method == "dpo":  # two samples, their scores without gradients, about half, and the loss
+            return 2 * ((T - first) * forward + scoring / 2 + gradients + forward)
+        stops = range(T - 1, T) if args.method == "draft" else range(max(first, T - T_MAX), T)
+        counts = [
+            (stop + 1 - first, min(K, stop + 1 - first)) for stop in stops for K in number_range(args.gradient_steps)
+        ]
+        rollout = mean((steps - K) * forward + K * gradients for steps, K in counts)
+        return rollout + scoring + (args.lv_samples or 0) * (gradients + scoring)
+
+    if not args.from_image:
+        return update(0)
+    from_image = parts["encode"] + gradients + update(args.start)
+    return ((REFL_EVERY - 1) * from_image + update(0)) / REFL_EVERY
+
+
+def costs_of(args, parts: dict[str, float]) -> dict[str, float]:
+    """`per_image`, and the method of the run if it is a baseline, with what --kl and --prior add."""
+    if args.method == "diffusion":  # tiny/pretrain.py, which has no such flags
+        return per_image(parts, args.start)
+    gradients = parts["UNet with gradients"]
+    if args.kl:
+        parts = parts | {"UNet with gradients": gradients + parts["UNet forward"]}
+    costs = per_image(parts, args.start)
+    if args.method in presets.BASELINES:
+        costs[args.method] = baseline_cost(args, parts)
+    if args.prior:
+        encoded = args.method == "imagerefl" or args.from_image
+        for name in costs.keys() - {"diffusion"}:
+            costs[name] += gradients + (0 if encoded else parts["encode"])
+    return costs
+
+
 def matrix_rate(device: str) -> float:
     """Measured FLOP/s of a bf16 matrix product on a device: the median of five."""
     n = 1024 if device == "cpu" else 8192
@@ -193,7 +240,7 @@ class MFUMeter:
     """Model FLOPs utilisation: needed FLOP/s divided by the device's measured bf16 matrix rate."""
 
     def __init__(self, args, unet: UNetConfig, vae: VAEConfig):
-        self.costs = per_image(flops(args, unet, vae), args.start)
+        self.costs = costs_of(args, flops(args, unet, vae))
         self.images, self.rate = args.batch_size * args.accumulate, matrix_rate(args.device)
 
     def __call__(self, kind: str, seconds: float) -> float:
@@ -234,6 +281,8 @@ class MemoryModel:
                 self.kept = [torch.empty_like(p, dtype=torch.bfloat16) for p in trained]  # for the no-grad steps
                 self.kept += [torch.empty(*w.shape[:2], 4, 4, dtype=torch.bfloat16) for w in convolutions]  # fused
             self.kept += [torch.empty_like(p) for p in (*trained, *trained)]  # the optimizer's moments
+            copies = (calls_base(args) and not args.lora) + (args.ema > 0)  # the base model, the average
+            self.kept += [torch.empty_like(p) for p in trained * copies]
             for p in trained:
                 p.grad = torch.empty_like(p)  # accumulated by earlier micro-batches
         # Only what is left counts: building went through float32 weights that a run never holds on its GPU.
@@ -260,7 +309,7 @@ class MemoryModel:
 
     def micro_batch(self, checkpoint_unet: bool, checkpoint_decoder: bool) -> list[int]:
         """Bytes that a micro-batch allocates, and negative ones that it frees, in order."""
-        method, m, start = self.args.method, self.networks, len(self.memory.events)
+        m, start = self.networks, len(self.memory.events)
         m.unet.checkpointing, m.vae.decoder.checkpointing = checkpoint_unet, checkpoint_decoder
         with ShapeMode(), self.memory, norms_in_float32():
             side = self.args.resolution // m.vae.factor
@@ -272,13 +321,30 @@ class MemoryModel:
                     return m.unet(*inputs, **conditioning)
 
             with torch.autocast("cpu", torch.bfloat16):
-                loss = 0
-                if method != "refl":
-                    loss = diffusion_loss(unet(x, 226, **c), x).mean()
-                if method != "diffusion":
-                    loss = loss + reward_loss(unet, m.vae, m.reward, SCHEDULER, x, 35, c, [], None)
+                loss = fake_loss(self.args, m, unet, x, c)
             loss.backward()
         return self.memory.events[start:]
+
+
+def fake_loss(args, m: FakeNetworks, unet: Callable, x: Tensor, c: dict) -> Tensor:
+    """The loss of a micro-batch, from where activations are kept on."""
+    trained, loss, x0, c0 = KLToBase(unet, unet) if args.kl else unet, 0, x, c
+    inputs = (trained, m.vae, m.reward, SCHEDULER)
+    if args.method == "dpo":
+        x, c = torch.cat([x, x]), {key: torch.cat([t, t]) for key, t in c.items()}
+    if args.method in ("diffusion", "imagerefl") or args.from_image:
+        loss = diffusion_loss(trained(x, 226, **c), x).mean()
+    if args.method in ("refl", "imagerefl"):
+        loss = loss + reward_loss(*inputs, x, 35, c, [], None)
+    elif args.method in ("draft", "drtune"):
+        K = number_range(args.gradient_steps)[-1]
+        loss = loss + draft_loss(*inputs, x, STEPS - K, c, [], None, K=K, lv_samples=args.lv_samples or 0)
+    elif args.method == "dpo":
+        x, _ = ranked_pairs(*inputs, x, STEPS - 1, c, [], None)
+        loss = loss + dpo_loss(trained, unet, SCHEDULER, x, c, None)
+    if args.prior:
+        loss = loss + prior_loss(unet, SCHEDULER, x0, c0, None)
+    return loss + trained.loss() if args.kl else loss
 
 
 def best_settings(args, memory: MemoryModel, gigabytes: float, known: dict) -> tuple | None:
@@ -319,7 +385,7 @@ def cost_report(args, unet: UNetConfig, vae: VAEConfig) -> Iterator[str]:
     yield "\nTFLOP per image"
     yield from (f"  {name:24}{value / 1e12:>10.3f}" for name, value in parts.items())
     yield "\nTFLOP of an update: per image, and in all"
-    for name, value in per_image(parts, args.start).items():
+    for name, value in costs_of(args, parts).items():
         yield f"  {name:24}{value / 1e12:>10.3f}{images * value / 1e12:>12.1f}"
     yield f"\npredicted GPU memory without --compile (GB of 2^30 bytes, {OVERHEAD_GB:g} of it overhead), and settings"
     known, memory = {}, MemoryModel(args, unet, vae)

@@ -105,6 +105,8 @@ def describe(data: EmojiSet | ImageDataset | PromptDataset) -> str:
         return f"{len(data):,} images, {len(data):,} captions, composed from the embedded emoji"
     if isinstance(data, PromptDataset):
         return "; ".join([f"{len(data):,} prompts, from {data.where}", *data.notes])
+    if not isinstance(data, ImageDataset):
+        return f"{len(data):,} pairs of images, from {data.where}"
     count = len({path for path, _ in data.rows})
     return "; ".join([f"{count:,} images, {len(data):,} captions, from {data.where}", *data.notes])
 

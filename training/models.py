@@ -54,9 +54,11 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
         m.base, m.tuned = lora.base_and_tuned(speed.fuse(m.unet) if speed else m.unet)  # share one set of weights
     else:
         m.unet = load_unet(args.base, device, torch.float32)
-        m.base = copy.deepcopy(m.unet).to("cpu", dtype).requires_grad_(False)  # moved to the GPU while it samples
-        if speed:
-            m.base = speed.fuse(m.base) if device != "cpu" or args.compile else speed.for_sampling(m.base)
+        m.base = copy.deepcopy(m.unet).requires_grad_(False)
+        if not calls_base(args):  # else rounded as the UNet in training is
+            m.base.to("cpu", dtype)  # moved to the GPU while it samples
+            if speed:
+                m.base = speed.fuse(m.base) if device != "cpu" or args.compile else speed.for_sampling(m.base)
         m.parameters, m.tuned = list(m.unet.parameters()), m.unet
     m.unet.checkpointing = "unet" in (args.checkpointing or "")
     m.vae.decoder.checkpointing = "decoder" in (args.checkpointing or "")
@@ -67,7 +69,14 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
         speed.shard(m.unet)
         m.parameters = list(m.unet.parameters())
     m.modules = {"unet": nn.ParameterList(m.parameters) if args.lora else m.unet}
+    if args.ema:
+        m.tuned = m.modules["ema"] = copy.deepcopy(m.unet).requires_grad_(False)
     return m
+
+
+def calls_base(args: Namespace) -> bool:
+    """Whether the loss calls the base model, so that it stays on the device."""
+    return args.method == "dpo" or args.kl > 0
 
 
 def load_frozen(args: Namespace, preset: presets.Preset | None) -> Models:

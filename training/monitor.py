@@ -19,6 +19,7 @@ from combined import combined_weights
 from report.sweep import generate_each
 from scheduler import Scheduler
 from training.data import DataStream, PromptDataset
+from training.models import calls_base
 from training.options import STEPS
 from unet import UNet
 from utils import acceleration
@@ -38,7 +39,7 @@ def samplers(run) -> Iterator[tuple]:
     """(base, tuned, vae) ready to sample; the base model is on the GPU only meanwhile."""
     args, m = run.args, run.models
     base, tuned, vae, speed = m.base, m.tuned, m.vae, acceleration.speed()
-    move = isinstance(base, UNet) and base is not tuned
+    move = isinstance(base, UNet) and base is not tuned and not calls_base(args)
     if move:
         base.to(args.device)
     if speed and args.device == "cpu" and not args.compile:

@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from training import presets
-from utils.cli import Parser, number, positive
+from utils.cli import Parser, number, number_range, positive
 
 STEPS = 40  # sampling steps T in training, with eta = 1
 DESCRIPTION = """\
@@ -49,6 +49,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--stop-on-collapse", action="store_true", help="with --monitor: stop the run when it overfits")
     add("--dino", help="with --monitor: folder of DINO ViT-S/16 for the diversity (tiny has its own features)")
     add_saving(parser)
+    add_baselines(parser)
+    add_against_collapse(parser)
     args = parser.parse(argv)
     args.given = parser.given(argv)
     return args
@@ -67,11 +69,14 @@ def add_data(add: Callable) -> None:
 
 def add_method(parser: Parser) -> None:
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=presets.METHODS, default="imagerefl", help="default: imagerefl")
+    add(
+        "--method", choices=presets.METHODS + presets.BASELINES, default="imagerefl",
+        help="the paper's refl or imagerefl (default), or a baseline, see below",
+    )  # fmt: skip
     add("--base", default="tiny", help="tiny, sd15, sdxl, or a folder, file or hub id of weights (default: tiny)")
     add(
         "--reward",
-        help='reward to maximise, e.g. hpsv2.1 or "hpsv2.1=1,pickscore=0.5" (default: hpsv2.1; tiny for --base tiny)',
+        help='reward to maximise, e.g. hpsv2.1 or "hpsv2.1=1,pickscore=0.5" (default: hpsv2.1; rater for --base tiny)',
     )
     add("--reward-weights", help="files or folders of the rewards, in their order, separated by commas")
     add(
@@ -94,7 +99,31 @@ def add_method(parser: Parser) -> None:
     )  # fmt: skip
     add("--resolution", type=positive, help="image side in pixels (default: 512, tiny 64)")
     add("--lora", type=positive, metavar="RANK", help="train low-rank adapters instead of the whole UNet")
-    add_optimizer(parser, "4000, ReFL 2000; tiny: 60, ReFL 30")
+    add_optimizer(parser, "ImageReFL 4000, others 2000; tiny: 60, others 30")
+
+
+def steps_range(text: str) -> str:
+    """An argument type: a number of sampling steps, "3", or a range, "1-10"."""
+    numbers = number_range(text)
+    number(int, 1, STEPS)(numbers[0]), number(int, 1, STEPS)(numbers[-1])  # raise for values out of range
+    return text
+
+
+def add_baselines(parser: Parser) -> None:
+    add = parser.add_argument_group(
+        "baselines (--method draft, drtune, dpo)",
+        "DRaFT, DRTune and Diffusion-DPO, on pairs that the reward ranks or on a folder of pairs as --data",
+    ).add_argument
+    add(
+        "--from-image", action="store_true",
+        help="start from a real image noised to t', as ImageReFL does, three updates of four",
+    )  # fmt: skip
+    add(
+        "--gradient-steps", type=steps_range, metavar="K",
+        help="steps with gradients, of draft (default: 3) and drtune (5); 1-10: drawn at random, as in AlignProp",
+    )  # fmt: skip
+    add("--lv-samples", type=number(int, 0), metavar="N", help="n of DRaFT-LV, with --gradient-steps 1 (default: 0)")
+    add("--beta", type=number(float, 0), help="of dpo: strength of the tie to the base model (default: 5000, tiny 300)")
 
 
 def add_optimizer(parser: Parser, steps: str) -> None:
@@ -142,6 +171,30 @@ def add_saving(parser: Parser) -> None:
     add("--override", action="store_true", help="with --resume: use this call's flags although they change the result")
 
 
+def add_against_collapse(parser: Parser) -> None:
+    add = parser.add_argument_group(
+        "against collapse (not in the paper)", "additions to any method, see baselines/against_collapse.py"
+    ).add_argument
+    add("--prior", type=number(float, 0), default=0.0, metavar="WEIGHT", help="diffusion loss on real images at all t")
+    add("--kl", type=number(float, 0), default=0.0, metavar="WEIGHT", help="squared distance to the base's prediction")
+    add("--ema", type=number(float, 0, 1), default=0.0, metavar="DECAY", help="save a moving average of the weights")
+
+
+def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
+    """Fill in defaults of the baselines' flags, in place. Raises ValueError for those of another method."""
+    flags = {"draft": ("from_image", "gradient_steps", "lv_samples"), "drtune": ("from_image", "gradient_steps")}
+    flags |= {"dpo": ("from_image", "beta")}
+    for flag in ("from_image", "gradient_steps", "lv_samples", "beta"):
+        if getattr(args, flag) and flag not in flags.get(args.method, ()):
+            takers = " or ".join(method for method, own in flags.items() if flag in own)
+            advice = "; imagerefl is ReFL from images" * (flag == "from_image")
+            raise ValueError(f"--{flag.replace('_', '-')} goes with --method {takers}{advice}")
+    if args.method in ("draft", "drtune"):
+        args.gradient_steps = args.gradient_steps or {"draft": "3", "drtune": "5"}[args.method]
+    if args.method == "dpo":
+        args.beta = preset.dpo_beta if args.beta is None else args.beta
+
+
 def resolve(args: Namespace, preset: presets.Preset) -> None:
     """Fill in defaults, in place. Raises ValueError for flags that contradict each other."""
     from utils import device, distributed
@@ -149,6 +202,8 @@ def resolve(args: Namespace, preset: presets.Preset) -> None:
     own_captions = args.data is None and args.prompts is None
     known = presets.TINY_REWARDS if own_captions else presets.TINY_REWARDS[1:]  # the rater knows no other captions
     args.reward = args.reward or (known[0] if preset is presets.TINY else preset.reward)
+    if args.method != "diffusion":  # tiny/pretrain.py
+        resolve_baseline(args, preset)
     args.steps = args.steps or preset.updates[args.method]
     args.batch_size = args.batch_size or preset.batch_size
     args.accumulate = args.accumulate or preset.accumulate
@@ -172,6 +227,8 @@ def resolve(args: Namespace, preset: presets.Preset) -> None:
     for flag in ("lora", "compile", "plan"):
         if args.shard and getattr(args, flag):
             raise ValueError(f"--{flag} cannot be combined with --shard; leave out one of them")
+    if args.method != "diffusion" and args.ema and (args.lora or args.shard):
+        raise ValueError(f"--ema averages a whole UNet; leave out --{'lora' if args.lora else 'shard'}")
     if args.shard and distributed.world_size == 1:
         raise ValueError("--shard spreads the weights over processes: torchrun --nproc-per-node N train.py ... --shard")
     distributed.check_divisible(args.batch_size, args.accumulate)

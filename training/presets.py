@@ -10,6 +10,7 @@ from pathlib import Path
 
 VERSION = "0.1.0"
 METHODS = ("refl", "imagerefl")
+BASELINES = ("draft", "drtune", "dpo")  # see baselines/
 FEATURES = Path(__file__).parent.parent / "tiny" / "features"  # held-out CLIP for the tiny base's metrics
 TUNED = Path(__file__).parent.parent / "tiny" / "tuned"  # a tuned model for the tiny base
 SAMPLE_PROMPTS = (
@@ -36,22 +37,35 @@ class Preset:
     accumulate: int  # micro-batches per update
     updates: dict[str, int]  # by training method
     shift: int  # maximum random shift, in pixels, of the images that the reward scores
+    dpo_beta: float  # of Diffusion-DPO; belongs to a mean over the elements of a latent
     prompts: tuple[str, ...]  # for a run's sample grids and table
 
 
-TINY_REWARDS = ("rater", "tiny", "tiny2")  # of the tiny base: the ground truth, for its own captions only, and readings
+TINY_REWARDS = (
+    "rater",
+    "tiny",
+    "tiny2",
+)  # of the tiny base: the ground truth, for its own captions only, and its readings
+
+
+def switches(refl: int, imagerefl: int) -> dict[str, int]:
+    """Base steps by the method's name in a checkpoint. Late where it trains the last steps alone, as from an image."""
+    late = ("imagerefl", "draft", *(f"image-{name}" for name in BASELINES))
+    return dict.fromkeys(("refl", "drtune", "dpo"), refl) | dict.fromkeys(late, imagerefl)
+
 
 TINY = Preset(
     resolution=64,
     reward="rater",
     guidance=2.0,
-    switch={"refl": 10, "imagerefl": 30},
+    switch=switches(refl=10, imagerefl=30),
     start=30,
     lr=4.5e-5,
     batch_size=16,
     accumulate=1,
-    updates={"refl": 30, "imagerefl": 60},
+    updates={"refl": 30, "imagerefl": 60, "draft": 30, "drtune": 30, "dpo": 30},
     shift=8,
+    dpo_beta=300.0,
     prompts=(
         "octopus",
         "tiger",
@@ -75,19 +89,20 @@ SD15 = Preset(
     resolution=512,
     reward="hpsv2.1",
     guidance=7.5,
-    switch={"refl": 10, "imagerefl": 30},
+    switch=switches(refl=10, imagerefl=30),
     start=30,
     lr=3e-4,
     batch_size=8,
     accumulate=4,
-    updates={"refl": 2000, "imagerefl": 4000},
+    updates={"refl": 2000, "imagerefl": 4000, "draft": 2000, "drtune": 2000, "dpo": 2000},
     shift=0,
+    dpo_beta=5000.0,
     prompts=SAMPLE_PROMPTS,
 )
 SDXL = replace(  # t' follows the names of the official runs
     SD15,
     guidance=5.0,
-    switch={"refl": 20, "imagerefl": 35},
+    switch=switches(refl=20, imagerefl=35),
     start=35,
     batch_size=4,
 )

@@ -20,6 +20,7 @@ from training import checkpoint, cost, monitor, presets, run_folder
 from training.data import DataStream, PromptDataset, describe, open_data, read_prompts
 from training.models import Models, generator_of, load_models
 from training.options import STEPS, resolve
+from training.pairs import PairDataset, open_pairs
 from utils import cli, device, distributed
 from weights import check_resolution, read_config
 
@@ -63,13 +64,20 @@ def open_run(args: Namespace, load: Callable = load_models, resolve: Callable = 
 
 def data_of(args: Namespace):
     """The data set of `--data`. Raises ValueError if a method that needs images gets prompts."""
-    captions_only = args.method == "refl"  # no image needs to be there
-    data = open_data(args.data, args.resolution, args.images, args.caption_column, args.allow_missing, captions_only)
-    if isinstance(data, PromptDataset) and args.method != "refl":
+    captions_only = not needs_images(args)  # no image needs to be there
+    data = open_pairs(args.data, args.resolution) if args.method == "dpo" and captions_only else None
+    data = data or open_data(
+        args.data, args.resolution, args.images, args.caption_column, args.allow_missing, captions_only
+    )
+    if isinstance(data, PromptDataset) and needs_images(args):
         raise ValueError(f"--data {args.data}: {args.method} needs images, and these are prompts alone")
     if distributed.is_main_process():
         print(f"data:            {describe(data)}")
     return data
+
+
+def needs_images(args: Namespace) -> bool:
+    return args.method in ("diffusion", "imagerefl") or args.from_image or args.prior > 0
 
 
 class Run:
@@ -77,6 +85,7 @@ class Run:
 
     def __init__(self, args: Namespace, models: Models, preset, prompts: list[str], data, folder: Path | None):
         self.args, self.models, self.preset, self.prompts, self.folder = args, models, preset, prompts, folder
+        self.has_pairs = isinstance(data, PairDataset)
         self.size, self.guidance = (args.resolution, args.resolution), preset.guidance
         self.grid_columns = {"base": (2, STEPS), "tuned": (2, 0)}  # name -> images per prompt, base steps
         self.cached_images, self.metadata, self.values, self.stopped = {}, {}, {}, False
@@ -142,7 +151,8 @@ class Run:
     def micro_batches(self, update: int) -> Iterator[tuple[Tensor | None, list[str], torch.Generator]]:
         """This process's micro-batches: scaled latents x0 of real images, prompts, generator.
 
-        x0 is None with --method refl; the ReFL updates of ImageReFL do not use it.
+        x0 is None where the method needs no images; the ReFL updates of ImageReFL do not use it. Of pairs of images
+        it holds the preferred ones, then the others.
         """
         for number in distributed.micro_batches_of_this_rank(self.args.accumulate):
             generator = generator_of(self.args.seed, update, number)
@@ -153,9 +163,11 @@ class Run:
 
     @torch.no_grad()
     def batch(self, generator: torch.Generator) -> tuple[Tensor | None, list[str]]:
-        """The next x0 (B, C, H/8, W/8), or None for ReFL, and its captions."""
+        """The next x0 (B, C, H/8, W/8), or None where the method needs no images, and its captions."""
         images, captions = self.stream.batch(self.args.batch_size)
-        if self.args.method == "refl":
+        if self.has_pairs:
+            images = images.transpose(0, 1).flatten(0, 1)
+        elif not needs_images(self.args):
             return None, captions
         return self.models.vae.sample(device.to_device(images, self.args.device), generator), captions
 
@@ -174,7 +186,7 @@ class Run:
     @property
     def kind(self) -> str:
         """The kind of the update, by what it logged: ImageReFL has a diffusion loss, ReFL has none."""
-        return self.args.method if "diffusion" in self.values else "refl"
+        return "refl" if self.args.method == "imagerefl" and "diffusion" not in self.values else self.args.method
 
     @torch.no_grad()
     def gradients_are_finite(self) -> bool:
@@ -272,7 +284,8 @@ def predicted_minutes(run: Run, updates: int) -> float:
         with run.autocast():
             run.models.unet(x, 226, **run.models.text(prompts, run.size)).sum().item()
         seconds = time.perf_counter() - began
-    passes = {"diffusion": 3, "refl": 46, "imagerefl": (3 * 18 + 46) / 4}[args.method]
+    passes = {"diffusion": 3, "refl": 46, "imagerefl": (3 * 18 + 46) / 4}.get(args.method)
+    passes = passes or cost.baseline_cost(args, cost.RATIOS)
     sampled = len(run.prompts) * monitor.SEEDS * (3 * STEPS + STEPS / 4) / args.batch_size if run.models.reward else 0
     micro_batches = updates * args.accumulate / distributed.world_size
     return (micro_batches * passes + sampled) * seconds / 60

@@ -20,9 +20,14 @@ RESUMABLE_FLAGS = {"resume", "override", "shard", "sample_every", "monitor", "sa
 PATHS = ("base", "data", "images", "prompts", "reward_weights", "judge_weights", "dino")  # flags that may name a path
 
 
+def method_name(args: Namespace) -> str:
+    """The method as checkpoints, folders and reports name it: "image-draft" is DRaFT with --from-image."""
+    return f"image-{args.method}" if getattr(args, "from_image", False) else args.method
+
+
 def candidates(args: Namespace) -> list[Path]:
     """Where a new run may go: `--output-dir`, or by default the first free one of numbered folders."""
-    name = f"runs/{args.method}-{Path(args.base).name}"
+    name = f"runs/{method_name(args)}-{Path(args.base).name}"
     names = [args.output_dir] if args.output_dir else [name, *(f"{name}-{i}" for i in range(2, 10_000))]
     return [Path(name) for name in names]
 
@@ -139,7 +144,7 @@ def save_checkpoint(folder: Path, tensors: dict, progress: dict, keep: int, last
 
 def save_result(args: Namespace, unet, folder: Path, update: int) -> None:
     """Write the result of `update` updates: the whole UNet into `unet/`, or the adapter."""
-    header = {"base": args.base, "method": args.method, "reward": str(args.reward), "step": str(update)}
+    header = {"base": args.base, "method": method_name(args), "reward": str(args.reward), "step": str(update)}
     header["version"] = presets.VERSION
     if args.lora:
         lora.save(unet, folder, metadata=header)

@@ -79,6 +79,15 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 positive = number(int, 1)
 
 
+def number_range(text: str) -> range:
+    """ "3" -> the range of 3 alone, "1-10" -> 1..10. Raises ValueError for other texts and for an empty range."""
+    low, _, high = text.partition("-")
+    numbers = range(int(low), int(high or low) + 1)
+    if not numbers:
+        raise ValueError(f"{text}: the first number is above the second one")
+    return numbers
+
+
 def check_writable(folder: Path) -> None:
     """Raises OSError, before any work is done, if `folder` can be neither created nor written to."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())

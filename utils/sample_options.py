@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add(
         "--switch",
         type=int,
-        help="first steps of the base model; 0: only the tuned one (default: ImageReFL 30, ReFL 10; SDXL 35, 20)",
+        help="first steps of the base model; 0: none (default: ReFL, DRTune, DPO 10, else 30; SDXL 20, 35)",
     )
     add(
         "--aig", type=number(float, 0), metavar="LAMBDA",
