@@ -41,11 +41,7 @@ class Preset:
     prompts: tuple[str, ...]  # for a run's sample grids and table
 
 
-TINY_REWARDS = ("rater", "tiny", "tiny2")  # of the tiny base: the ground truth, for its own captions, and two readings
-    "rater",
-    "tiny",
-    "tiny2",
-)  # of the tiny base: the ground truth, for its own captions only, and its readings
+TINY_REWARDS = ("rater", "tiny", "tiny2")  # of the tiny base: the ground truth, for its own captions; two readings
 
 
 def switches(refl: int, imagerefl: int) -> dict[str, int]:
