@@ -61,7 +61,7 @@ def test_the_claims_of_two_seeds():
     assert "| trained reward | 0.500 ± 0.000 | 0.500, 0.500 |" in text  # ReFL alone, against the base without guidance
     assert "| diversity: share of the change undone | 0.250 ± 0.000 |" in text  # 0.1 -> 0.15 on the way to 0.3
     assert "| trained reward, more than ReFL Combined | 0.010 ± 0.050 | 0.060, -0.040 |" in text
-    assert "| held-out reward, more than ReFL AIG | 0.200 ± 0.000 |" in text  # between alone and power 1
+    assert "| independent reward, more than ReFL AIG | 0.200 ± 0.000 |" in text  # between alone and power 1
     assert "**3. ImageReFL, 9 updates, switch 30, at equal trained reward**" in text
     assert "| diversity, more than ReFL AIG | 0.037 ± 0.000 |" in text  # 0.86 lies 13 % on the way from 0.9 to 0.6
 
