@@ -54,8 +54,11 @@ def evaluate_args(argv: list[str] | None = None, description: str | None = None)
     add = parser.add_argument_group("metrics").add_argument
     add("--rewards", help="comma-separated names (default: tiny,tiny2, or hpsv2.1)")
     add("--reward-weights", help="comma-separated files or folders of the rewards, in the same order")
-    add("--dino", help="folder of DINO ViT-S/16 or DINOv2, for DinoDiversity; the tiny base has its own features")
-    add("--inception", help="pytorch-fid's weight file, for FID, CovDist and LogCovDist")
+    add(
+        "--dino",
+        help="folder or hub id of DINO (facebook/dino-vits16) or DINOv2, for DinoDiversity; the tiny base has its own",
+    )
+    add("--inception", help="pytorch-fid's weight file, or pytorch-fid to fetch it, for FID, CovDist and LogCovDist")
     add("--reference", help="real images for these three: a folder with metadata.jsonl, or COCO captions")
     add("--reading", default="ours", metavar="NAME",
         help="definition of CovDist and LogCovDist, see report/covariance_definitions.py (default: ours)")  # fmt: skip

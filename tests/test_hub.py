@@ -1,0 +1,223 @@
+"""Fetching from a stand-in for the hub: what is fetched, and what each fault leads to."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import hub as stand_in
+import pytest
+from hub import TOKEN, Fault, use
+
+from pretrained import hub
+
+REPO, FILE = "some/model", "unet/model.safetensors"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A hub with one repository, an empty cache, and short waits."""
+    folder = tmp_path / "served" / "models" / REPO
+    (folder / "unet").mkdir(parents=True)
+    (folder / FILE).write_bytes(bytes(range(256)) * 400)
+    (folder / "config.json").write_text("{}")
+    (folder / "other.txt").write_text("not wanted")
+    with stand_in.serving(tmp_path / "served") as server:
+        use(server.url, tmp_path / "cache", monkeypatch)
+        yield server
+
+
+def choose(files):
+    return [name for name in files if name != "other.txt"]
+
+
+def refusal(repo: str = REPO) -> str:
+    """The message of a fetch that fails: one line that names the file; and no file is taken for whole."""
+    with pytest.raises(OSError) as caught:
+        hub.fetch(repo, choose)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(repo)
+    return message
+
+
+def whole(server) -> bool:
+    path = hub.cached(REPO, FILE)
+    return path is not None and path.read_bytes() == (server.root / "models" / REPO / FILE).read_bytes()
+
+
+def leftovers(tmp_path) -> list[str]:
+    return [path.name for path in (tmp_path / "cache").rglob("*.incomplete")]
+
+
+def test_only_what_is_wanted_and_missing_is_fetched(server, tmp_path):
+    folder = hub.fetch(REPO, choose)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert names == ["config.json", FILE] and whole(server)
+    server.requests.clear()
+    hub.cached(REPO, "config.json").unlink()
+    assert hub.fetch(REPO, choose) == folder
+    assert not server.fetched() and hub.cached(REPO, "config.json")  # the blob was still there
+    hub.remove(hub.cached(REPO, FILE))
+    hub.fetch(REPO, choose)
+    assert server.fetched() == ["model.safetensors"] and whole(server)
+
+
+@pytest.mark.parametrize("fault", ["slow", "drop", "short", "wrong", 429, 500], ids=str)
+def test_a_passing_fault_is_recovered_from(server, tmp_path, fault):
+    server.faults.append(Fault(fault, "model.safetensors", times=1))
+    hub.fetch(REPO, choose)
+    assert whole(server) and not leftovers(tmp_path)
+
+
+def test_a_broken_connection_is_resumed_in_the_middle_of_the_file(server):
+    server.faults.append(Fault("drop", "model.safetensors", times=1))
+    hub.fetch(REPO, choose)
+    ranges = [asked for method, path, asked in server.requests if method == "GET" and "/cdn/" in path]
+    assert ranges == [None, "bytes=51200-"]
+
+
+@pytest.mark.parametrize(
+    "fault, cause, remedy",
+    [
+        (401, "refused (401)", "HF_TOKEN"),
+        (403, "refused (403)", "HF_TOKEN"),
+        (404, "not there (404)", "get it by hand"),
+        (429, "too many requests (429)", "wait five minutes"),
+        (500, "the server fails (500)", "repeat the command later"),
+        ("gated", "gated (403)", "accept its terms at http://127.0.0.1"),
+        ("drop", "no connection, or it broke off", "repeat the command"),
+        ("short", "no connection, or it broke off", "repeat the command"),
+        ("wrong", "arrived several times with checksum", "repeat the command later"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("place", ["api/models", "model.safetensors"])
+def test_a_lasting_fault_is_one_line_with_file_cause_and_remedy(server, tmp_path, fault, cause, remedy, place):
+    if place == "api/models" and fault in ("drop", "short", "wrong"):
+        pytest.skip("the list of files is not sent in parts")
+    server.faults.append(Fault(fault, place))
+    message = refusal()
+    assert cause in message and remedy in message and (FILE in message) == (place != "api/models")
+    assert hub.cached(REPO, FILE) is None and not leftovers(tmp_path)
+    blobs = [path for path in (tmp_path / "cache").rglob("blobs/*") if path.stat().st_size > 10]
+    assert blobs == []
+    server.faults.clear()
+    hub.fetch(REPO, choose)
+    assert whole(server)
+
+
+def test_a_wait_that_the_hub_asks_for_is_kept(server, monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=waits.append))
+    server.faults += [Fault(429, "api/models", 1, retry_after=7), Fault(429, "api/models", 1, retry_after=10_000)]
+    hub.fetch(REPO, choose)
+    assert waits == [7, hub.LONGEST_WAIT]
+    assert "some/model: HfHubHTTPError, next attempt in 7 s" in capsys.readouterr().err
+
+
+def test_a_token_opens_a_gated_repository(server, monkeypatch):
+    server.faults.append(Fault("gated"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.fetch(REPO, choose)
+    assert whole(server)
+
+
+def test_offline_nothing_is_asked(server):
+    with hub.offline():
+        assert "HF_HUB_OFFLINE is set" in refusal()
+    assert server.requests == []
+
+
+def test_a_hub_that_is_not_there(server, monkeypatch, tmp_path):
+    use("http://127.0.0.1:9", tmp_path / "cache", monkeypatch)
+    assert "no connection" in refusal() and "http://127.0.0.1:9 (HF_ENDPOINT)" in refusal()
+
+
+def test_a_repository_that_is_not_there_or_lacks_the_file(server):
+    assert "not there (404)" in refusal("some/other")
+    with pytest.raises(OSError, match="some/model: the repository has no such file; it has config.json, other.txt"):
+        hub.fetch(REPO, lambda files: [])
+    with pytest.raises(OSError, match="some/model: the repository has no a.bin"):
+        hub.fetch(REPO, lambda files: ["a.bin"])
+
+
+def test_another_file_than_the_authors_is_refused(server):
+    with pytest.raises(OSError, match=f"{FILE}: arrived several times with checksum .* instead of {'0' * 64}"):
+        hub.fetch(REPO, choose, known={FILE: "0" * 64})
+    assert hub.cached(REPO, FILE) is None
+    right = hashlib.sha256((server.root / "models" / REPO / FILE).read_bytes()).hexdigest()
+    hub.fetch(REPO, choose, known={FILE: right})
+    assert whole(server)
+
+
+def test_the_cache_knows_the_checksum_of_its_files(server, tmp_path):
+    hub.fetch(REPO, choose)
+    for name in ("config.json", FILE):
+        path = hub.cached(REPO, name)
+        assert hub.checksum(path, hub.stored_checksum(path)) == hub.stored_checksum(path)
+    assert hub.stored_checksum(server.root / "models" / REPO / FILE) is None
+
+
+# ---- a file of a release
+
+
+@pytest.fixture
+def release(server):
+    path = server.root / "releases" / "weights.pth"
+    path.parent.mkdir()
+    path.write_bytes(bytes(range(256)) * 300)
+    return f"{server.url}/releases/weights.pth", hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+
+
+@pytest.mark.parametrize("fault", ["slow", "drop", "short", "wrong", 429, 500], ids=str)
+def test_a_release_is_fetched_in_spite_of_a_passing_fault(server, release, tmp_path, fault):
+    server.faults.append(Fault(fault, "weights.pth", times=1))
+    place = hub.fetch_release(release[0], tmp_path / "a" / "weights.pth", release[1])
+    assert place.read_bytes() == bytes(range(256)) * 300 and not place.with_name("weights.pth.part").exists()
+    server.requests.clear()
+    hub.fetch_release(release[0], place, release[1])
+    assert server.requests == []
+
+
+def test_a_release_goes_on_where_another_process_stopped(server, release, tmp_path):
+    (tmp_path / "weights.pth.part").write_bytes((bytes(range(256)) * 300)[:1000])
+    hub.fetch_release(release[0], tmp_path / "weights.pth", release[1])
+    assert [asked for _, path, asked in server.requests if "/cdn/" in path] == ["bytes=1000-"]
+
+
+@pytest.mark.parametrize("fault, cause", [("wrong", "checksum"), (404, "not there (404)"), (500, "server fails (500)")])
+def test_a_release_that_cannot_be_had_is_one_line(server, release, tmp_path, fault, cause):
+    server.faults.append(Fault(fault, "weights.pth"))
+    with pytest.raises(OSError) as caught:
+        hub.fetch_release(release[0], tmp_path / "weights.pth", release[1])
+    assert cause in str(caught.value) and release[0] in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "weights.pth").exists()
+
+
+# ---- killed while it fetches
+
+FETCH = "import sys; from pretrained import hub; hub.fetch('some/model', lambda files: files)"
+
+
+def test_a_killed_fetch_leaves_no_half_file_and_is_repeated(server, tmp_path):
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    server.faults.append(Fault("slow", "model.safetensors", times=1))
+    process = subprocess.Popen([sys.executable, "-c", FETCH], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    while not server.fetched():
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert hub.cached(REPO, "config.json") and hub.cached(REPO, FILE) is None
+    subprocess.run([sys.executable, "-c", FETCH], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert whole(server) and json.loads(hub.cached(REPO, "config.json").read_text()) == {}
