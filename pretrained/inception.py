@@ -15,7 +15,8 @@ from pretrained import hub
 from pretrained.reward_files import by_hand
 from pretrained.weight_files import all_finite, read_file
 
-FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name ends in the first digits of its SHA-256
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+DIGEST = "6726825d"  # how its SHA-256 begins
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
 RELEASE = "pytorch-fid"  # in place of a path: fetch the file from its release
 
@@ -182,7 +183,7 @@ def find_inception(source: str | Path) -> Path:
         return Path(source)
     place = by_hand(FILE)
     try:
-        return hub.fetch_release(URL, place, FILE.removesuffix(".pth").rpartition("-")[2])
+        return hub.fetch_release(URL, place, DIGEST)
     except OSError as error:
         raise FileNotFoundError(f"{place}: no Inception weights; get {URL} and put it there ({error})") from None
 

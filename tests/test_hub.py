@@ -11,10 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hub as stand_in
+import minis
 import pytest
+import torch
 from hub import TOKEN, Fault, use
 
-from pretrained import hub
+import rewards
+import weights
+from pretrained import features, hub, inception
 
 REPO, FILE = "some/model", "unet/model.safetensors"
 ROOT = Path(__file__).parent.parent
@@ -221,3 +225,71 @@ def test_a_killed_fetch_leaves_no_half_file_and_is_repeated(server, tmp_path):
     assert hub.cached(REPO, "config.json") and hub.cached(REPO, FILE) is None
     subprocess.run([sys.executable, "-c", FETCH], cwd=ROOT, env=environment, check=True, capture_output=True)
     assert whole(server) and json.loads(hub.cached(REPO, "config.json").read_text()) == {}
+
+
+# ---- mini models under the official names
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    return minis.write_all(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture
+def official(served, tmp_path, monkeypatch):
+    """The stand-in with all official names, and empty caches."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with stand_in.serving(served) as server:
+        use(server.url, tmp_path / "cache", monkeypatch)
+        minis.adopt(monkeypatch, server.url, served)
+        yield server
+
+
+def test_bases_and_published_models_are_fetched_once(official):
+    for _ in range(2):
+        weights.load_unet("sd15"), weights.load_vae("sd15"), weights.load_text("sd15")
+        base, tuned = weights.load_tuned(minis.MODEL, "sd15")
+    assert not torch.equal(base.conv_out.weight, tuned.conv_out.weight)
+    names = official.fetched()
+    assert len(names) == 5 == sum(name.endswith(".safetensors") for name in names)
+
+
+@pytest.mark.parametrize("name", ["hpsv2.1", "pickscore", "imagereward", "clipscore", "mps"])
+def test_a_reward_is_fetched_with_its_tokenizer(official, name, tmp_path):
+    if name == "mps":
+        with pytest.raises(FileNotFoundError, match="drive.google.com"):
+            rewards.load(name)
+        minis.write_mps(tmp_path / "torch" / "hub" / "checkpoints")
+    scores = [rewards.load(name)(torch.zeros(1, 3, 64, 64), ["a red fox"]) for _ in range(2)]
+    assert torch.equal(*scores) and scores[0].isfinite().all()
+    expected = {"hpsv2.1": "HPS_v2.1_compressed.pt", "imagereward": "ImageReward.pt", "pickscore": "model.safetensors"}
+    fetched = official.fetched()
+    assert fetched == ([] if name == "mps" else [expected.get(name, "pytorch_model.bin")])
+
+
+def test_a_reward_that_cannot_be_fetched_says_why_and_what_to_get(official):
+    official.faults.append(Fault("gated", "xswu"))
+    with pytest.raises(FileNotFoundError) as caught:
+        rewards.load("hpsv2.1")
+    for part in ("HPS_v2.1_compressed.pt", "hf download xswu/HPSv2", "accept its terms", "--reward-weights"):
+        assert part in str(caught.value)
+    official.faults[:] = [Fault(404, "clip-vit-base-patch32")]
+    with pytest.raises(FileNotFoundError, match=r"no vocabulary for hpsv2\.1; put vocab\.json .*not there \(404\)"):
+        rewards.load("hpsv2.1")
+
+
+def test_the_measuring_networks_are_fetched(official, tmp_path):
+    extract = features.dino_features(features.DINO)
+    assert extract(torch.zeros(1, 3, 64, 64)).shape == (1, 32)
+    place = inception.find_inception("pytorch-fid")
+    assert place == tmp_path / "torch" / "hub" / "checkpoints" / inception.FILE and place.is_file()
+    assert official.fetched() == ["pytorch_model.bin", inception.FILE]
+    features.dino_features(features.DINO), inception.find_inception("pytorch-fid")
+    assert len(official.fetched()) == 2
+    with pytest.raises(FileNotFoundError, match=r"facebook/other: neither a folder .*not there \(404\)"):
+        features.find_dino("facebook/other")
+    place.unlink()
+    official.faults.append(Fault("wrong", "releases"))
+    with pytest.raises(FileNotFoundError, match="no Inception weights; get http.*arrived several times with checksum"):
+        inception.find_inception("pytorch-fid")
+    assert list(place.parent.iterdir()) == []
