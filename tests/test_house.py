@@ -21,6 +21,7 @@ LAYERS = (  # a file imports from its own layer and those before it
     ("pretrained", "speed"),
     ("report",),
     ("training",),
+    ("reproduction",),
     COMMANDS,
     ("tiny", "benchmarks", "docs"),
 )
@@ -32,6 +33,7 @@ LAZY = {  # inside a function or `if __name__`
 }
 UPWARD = {  # known exceptions, each with its reason
     ("training", "weights"): "weights.py is also the Python API of pretrained/",
+    ("reproduction", "weights"): "likewise",
 }
 
 
