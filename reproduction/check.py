@@ -93,6 +93,7 @@ def examine(settings: Settings, folder: Path, gpu_memory: float | None = None, f
     free = shutil.disk_usage(there).free / 1e9
     if needed + downloads > free:
         problems.append(f"disk: {needed + downloads:.0f} GB are needed, {there} has {free:.0f} GB free")
+    petaflops = plan.petaflops(settings, sizes)
     return {
         "ready": not problems,
         "problems": problems,
@@ -101,7 +102,8 @@ def examine(settings: Settings, folder: Path, gpu_memory: float | None = None, f
         "memory": memory,
         "training_flags": flags,
         "disk": {"download_gb": downloads, "run_gb": needed, "free_gb": free},
-        "petaflops": plan.petaflops(settings, sizes),
+        "petaflops": petaflops,
+        "h100_hours": plan.hours_on_an_h100(petaflops),
     }
 
 
@@ -116,6 +118,9 @@ def text(report: dict) -> str:
     arithmetic = ", ".join(f"{name} {value:,.4g}" for name, value in report["petaflops"].items())
     lines += ["", f"device             {report['device']}{memory}"]
     lines += [f"disk               {disk['download_gb']:.1f} GB to fetch, {room}", f"PFLOP              {arithmetic}"]
+    lines.append(
+        f"time               about {report['h100_hours']:.1f} h on an H100, predicted; on others known after the start"
+    )
     by_hand = [row["by_hand"] for row in report["assets"] if row["by_hand"]]
     if by_hand:
         lines += ["", "to get by hand:", *by_hand]

@@ -42,7 +42,8 @@ class Reproduction:
         report = check.examine(self.settings, self.folder, fetch=True)
         print(check.text(report), flush=True)
         if not report["ready"]:
-            raise ValueError(f"not ready: {len(report['problems'])} things are missing, see above")
+            count = len(report["problems"])
+            raise ValueError(f"not ready: {count} problem{'s' * (count > 1)}, see above")
         note = coco.write_tables(self.settings.data, self.settings.sizes.coco, self.folder)
         self.notes.write(petaflops=report["petaflops"], training_flags=report["training_flags"], coco=note)
 

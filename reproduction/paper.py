@@ -41,22 +41,26 @@ TABLES = {  # (base, reward) -> a row of nine numbers for each of ROWS
         (33.26, 15.53, 24.60, 1.423, 33.34, 0.2090, 35.1, 0.0092, 0.058),
     ),
 }
-# What could explain a difference: rows of docs/paper_vs_official_code.md, and a word on them.
+DIGITS = (2, 2, 2, 3, 2, 4, 2, 4, 3)
+DISTANCES = ("fid", "covdist", "logcovdist")  # measured on COCO, the others on HPDv2
+# Rows of docs/paper_vs_official_code.md that could explain a difference, with a word on each.
 TRAINING = {
     2: "doubled optimizer step",
-    16: "ReFL updates never run in the released configuration",
+    16: "the released configuration never runs ReFL updates",
     23: "squashed images",
 }
-SAMPLING = {33: "guidance", 35: "seeds per batch", 36: "JPEG"}
+SAMPLING = {31: "sampler", 35: "seeds"}
 BY_COLUMN = {
+    "hpsv2.1": {29: "bf16 scores"},
     "mps": {28: "words kept by the batch's maximum", 29: "bf16 scores"},
+    "pickscore": {29: "bf16 scores"},
     "imagereward": {27: "raw or standardised score"},
     "diversity": {41: "which DINO", 42: "DINO's input and rounding", 43: "groups across prompts"},
     "fid": {36: "JPEG", 46: "reference images"},
     "covdist": {47: "definition not public"},
     "logcovdist": {47: "definition not public"},
 }
-BY_ROW = {"ReFL AIG": {39: "guidance of AIG"}, "ReFL": {30: "a base step at switch 0"}}
+BY_ROW = {"ReFL": {30: "a step of the base at switch 0"}, "ReFL AIG": {39: "guidance of AIG"}}
 NOTABLE = 2.0  # standard errors
 
 
@@ -69,18 +73,8 @@ def merge(results: list[dict]) -> dict[str, dict[str, list]]:
     return rows
 
 
-def cells(mean: float, error: float | None, paper: float, paper_error: float) -> tuple[str, float]:
-    """Ours ± error, the paper's, and the difference in standard errors; and that difference."""
-    digits = max(0, 2 - math.floor(math.log10(paper_error))) if paper_error < 1 else 1
-    sigma = (mean - paper) / math.hypot(error or 0, paper_error)
-    ours = f"{mean:.{digits}f} ± {error:.{digits}f}" if error is not None else f"{mean:.{digits}f}"
-    return f"{ours} | {paper:g} ± {paper_error:g} | {sigma:+.1f}", sigma
-
-
-def explanations(row: str, key: str, trained: bool) -> str:
-    """Differences between paper and official code that could explain one in this row and column."""
-    found = (TRAINING if trained else {}) | SAMPLING | BY_COLUMN.get(key, {}) | BY_ROW.get(row, {})
-    return ", ".join(f"{number} ({word})" for number, word in sorted(found.items()))
+def listed(explanations: dict[int, str]) -> str:
+    return ", ".join(f"{number} ({word})" for number, word in sorted(explanations.items()))
 
 
 def compare(base: str, reward: str, results: dict[str, list[dict]], trained: bool, notes: list[str]) -> str:
@@ -90,44 +84,41 @@ def compare(base: str, reward: str, results: dict[str, list[dict]], trained: boo
     trained: by us, or published weights.
     """
     quality, distances = merge(results["hpdv2"]), merge(results["coco"])
-    name = {"sd15": "SD1.5", "sdxl": "SDXL"}[base]
-    table = "Table 1" if reward == "hpsv2.1" else "Table 3"
-    lines = [f"# {table}, {name} tuned on {reward}: ours beside the paper's", ""]
-    lines += [
-        *(f"- {note}" for note in notes),
-        "",
-        "| | | ours | paper | difference in errors |",
-        "|---|---|---|---|---|",
-    ]
+    rows = {label: quality[label] | {key: distances[label][key] for key in DISTANCES} for label in quality}
+    lines = ["| | | ours | paper | difference in errors |", "|---|---|---|---|---|"]
     notable = []
     for label, numbers in zip(ROWS, TABLES[base, reward], strict=True):
-        if label not in quality:
-            continue
-        values = quality[label] | {key: distances[label][key] for key in ("fid", "covdist", "logcovdist")}
-        for key, paper, paper_error in zip(COLUMNS, numbers, ERRORS, strict=True):
-            mean, error = values[key]
-            text, sigma = cells(mean, error, paper, paper_error)
-            lines.append(f"| {label} | {COLUMNS[key]} | {text} |")
+        for key, paper, paper_error, digits in zip(COLUMNS, numbers, ERRORS, DIGITS, strict=True):
+            if label not in rows:
+                continue
+            mean, error = rows[label][key][0], rows[label][key][1] or 0.0
+            sigma = (mean - paper) / math.hypot(error, paper_error)
+            ours = f"{mean:.{digits}f} ± {error:.{digits}f} | {paper:.{digits}f} ± {paper_error:g}"
+            lines.append(f"| {label} | {COLUMNS[key]} | {ours} | {sigma:+.1f} |")
             if abs(sigma) > NOTABLE:
-                notable.append(f"| {label} | {COLUMNS[key]} | {sigma:+.1f} | {explanations(label, key, trained)} |")
-    lines += ["", f"## Differences beyond {NOTABLE:g} errors", ""]
-    if notable:
-        lines += [
-            "The numbers are rows of docs/paper_vs_official_code.md that could explain them; none is a proof.",
-            "",
-        ]
-        lines += ["| | | errors | could be explained by |", "|---|---|---|---|", *notable]
-    else:
-        lines.append("None.")
-    base_rows = [
-        f"| {label} | {base_row(quality[label], distances[label])} |" for label in quality if label not in ROWS
-    ]
-    titles = " | ".join(COLUMNS.values())
-    lines += ["", "## The base model, which the paper's table does not have", "", f"| | {titles} |", "|---" * 10 + "|"]
-    return "\n".join([*lines, *base_rows]) + "\n"
+                own = listed(BY_COLUMN.get(key, {}) | BY_ROW.get(label, {}))
+                notable.append(f"| {label} | {COLUMNS[key]} | {sigma:+.1f} | {own} |")
+    name, table = {"sd15": "SD1.5", "sdxl": "SDXL"}[base], "Table 1" if reward == "hpsv2.1" else "Table 3"
+    title = [f"# {table}, {name} tuned on {reward}: ours beside the paper's", "", *(f"- {note}" for note in notes), ""]
+    return "\n".join([*title, *lines, *explain(notable, trained), *base_rows(rows)]) + "\n"
 
 
-def base_row(quality: dict, distances: dict) -> str:
-    return " | ".join(
-        f"{(distances if key in ('fid', 'covdist', 'logcovdist') else quality)[key][0]:.4g}" for key in COLUMNS
-    )
+def explain(notable: list[str], trained: bool) -> list[str]:
+    """The section on differences beyond the errors."""
+    lines = ["", f"## Differences beyond {NOTABLE:g} errors", ""]
+    if not notable:
+        return [*lines, "None."]
+    everywhere = listed(SAMPLING | (TRAINING if trained else {}))
+    lines += ["Rows of docs/paper_vs_official_code.md that could explain them; none is a proof. "
+              f"Everywhere: {everywhere}.", "", "| | | errors | besides |", "|---|---|---|---|"]  # fmt: skip
+    return lines + notable
+
+
+def base_rows(rows: dict[str, dict[str, list]]) -> list[str]:
+    """The rows of the base model alone, which the paper does not print."""
+    lines = ["", "## The base model, which the paper's table does not have", ""]
+    lines += ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for label in (label for label in rows if label not in ROWS):
+        cells = (f"{rows[label][key][0]:.{digits}f}" for key, digits in zip(COLUMNS, DIGITS, strict=True))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines

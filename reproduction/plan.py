@@ -15,6 +15,7 @@ from unet import UNet, UNetConfig
 from vae import VAEConfig
 from weights import read_config
 
+H100 = {"train refl": 0.140, "train imagerefl": 0.154, "evaluate": 0.199}  # PFLOP/s, of benchmarks/results/h100.md
 PNG_BYTES = 1.75  # per pixel of a sampled image, about
 
 
@@ -109,14 +110,18 @@ def petaflops(settings: Settings, sizes: tuple[UNetConfig, VAEConfig]) -> dict[s
     return {name: flop / 1e15 for name, flop in found.items()}
 
 
+def hours_on_an_h100(petaflops: dict[str, float]) -> float:
+    """Hours at the rates that were measured at SD1.5's size with random weights."""
+    return sum(value / H100.get(name, H100["evaluate"]) for name, value in petaflops.items()) / 3600
+
+
 def disk_gb(settings: Settings, sizes: tuple[UNetConfig, VAEConfig]) -> float:
     """GB of the run's folder: of each training a UNet and up to three checkpoints, of each row its images."""
     with torch.device("meta"):
         unet = 4 * sum(p.numel() for p in UNet(sizes[0]).parameters())
     n, side = settings.sizes, settings.resolution or presets.PRESETS[settings.base].resolution
-    runs = (
-        len(settings.methods) * (0.1 if settings.lora else 1 + 3 * 3) * unet
-    )  # a checkpoint holds Adam's moments, too
+    share = 0.1 if settings.lora else 1 + 3 * (1 if settings.quick else 3)  # a checkpoint holds Adam's moments, too
+    runs = len(settings.methods) * share * unet
     images = len(schedules(settings)) * (n.prompts * n.images + n.coco) * side**2 * PNG_BYTES
     return (runs + images) / 1e9
 

@@ -71,7 +71,7 @@ def rate(stages: list[Stage], notes: Notes) -> tuple[float, str]:
         count, seconds = stage.logged()
         if count and seconds:
             measured = notes.petaflop(stage) * count / stage.updates / seconds, stage.name
-        elif stage.name in notes.seconds and notes.petaflop(stage):
+        elif notes.seconds.get(stage.name) and notes.petaflop(stage):
             measured = notes.petaflop(stage) / notes.seconds[stage.name], stage.name
     return measured
 
