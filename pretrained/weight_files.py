@@ -5,6 +5,7 @@ the folder of one component, or the single file that contains it.
 """
 
 import fnmatch
+import functools
 import json
 import re
 import sys
@@ -260,12 +261,14 @@ def download(repo: str, component: str) -> Path:
     return hub.fetch(repo, choose)
 
 
+@functools.cache
 def fetch_scheduler(repo: str, folder: Path) -> None:
-    """Download what says what a cached UNet predicts, if another program left it out; if that fails, say so."""
+    """Download what says what a cached UNet predicts, if another program left it out; if that fails, say so, once."""
     if (folder / "scheduler").is_dir():
         return
     try:
-        hub.fetch(repo, lambda files: fnmatch.filter(files, "scheduler/*.json"), revision=folder.name)
+        if files := fnmatch.filter(hub.listing(repo, revision=folder.name), "scheduler/*.json"):
+            hub.fetch(repo, lambda _: files, revision=folder.name)
     except OSError as error:
         reason = " ".join(str(error).split())[:80]
         message = "its scheduler/ is not in the hub's cache, and no download; it is taken to predict the noise"

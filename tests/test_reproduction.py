@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -518,3 +519,101 @@ def test_every_key_of_dino_is_placed(tmp_path):
     ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536).save_pretrained(tmp_path)
     extract = features.dino_features(tmp_path)
     assert extract(torch.zeros(1, 3, 32, 32)).shape == (1, 384)
+
+
+# ---- the whole chain on mini models
+
+
+MINI = """
+import runpy, sys
+from pathlib import Path
+root, url, served = sys.argv[1:4]
+sys.path[:0] = [root, root + "/tests"]
+import minis, pytest
+minis.adopt(pytest.MonkeyPatch(), url, Path(served))
+sys.argv = ["reproduce.py", *sys.argv[4:]]
+runpy.run_path(root + "/reproduce.py", run_name="__main__")
+"""
+STAGES = ("check", "fetch", "train refl", "train imagerefl", "evaluate hpdv2", "evaluate coco", "report")
+
+
+class Chain:
+    """`reproduce.py` in a folder of its own, with empty caches, a mini COCO and MPS, against the stand-in."""
+
+    def __init__(self, work: Path, server, *flags: str):
+        minis.write_coco(work / "coco")
+        minis.write_mps(work / "torch" / "hub" / "checkpoints")
+        self.work, self.flags = work, ("--base", "sd15", "--data", "coco", "--quick", "--resolution", "64", *flags)
+        self.command = [sys.executable, "-c", MINI, str(ROOT), server.url, str(server.root), *self.flags]
+        places = {"HF_HOME": str(work / "hf"), "TORCH_HOME": str(work / "torch"), "HF_ENDPOINT": server.url}
+        self.environment = os.environ | places | {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+
+    def start(self) -> subprocess.Popen:
+        """Start or continue, in a process group of its own."""
+        with open(self.work / "output.txt", "w") as out:
+            return subprocess.Popen(
+                self.command, cwd=self.work, stdout=out, stderr=out, start_new_session=True, env=self.environment
+            )
+
+    def output(self) -> str:
+        return (self.work / "output.txt").read_text()
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """Kill reproduce.py and the command that it has called, as a power failure would."""
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it had ended
+        process.wait()
+
+    def kill_in(self, stage: str, seconds: float) -> None:
+        """Start, and kill some seconds after a stage has begun."""
+        process = self.start()
+        while process.poll() is None and f"== {stage}" not in self.output():
+            time.sleep(0.05)
+        time.sleep(seconds)
+        self.kill(process)
+
+    def finish(self) -> str:
+        """Continue to the end; returns the table."""
+        assert self.start().wait() == 0, self.output()[-2000:]
+        (table,) = self.work.glob("runs/*/table.md")
+        return table.read_text()
+
+
+@pytest.fixture
+def chain_server(served):
+    with stand_in.serving(served) as server:
+        yield server
+
+
+@pytest.mark.slow
+def test_one_command_fills_all_nine_columns(chain_server, tmp_path):
+    chain = Chain(tmp_path, chain_server)
+    table = chain.finish()
+    rows = re.findall(r"^\| (ReFL|ReFL AIG|ReFL Combined|ImageReFL) \| (\w[\w.]*) \| -?[\d.]+ ± [\d.]+ \|", table, re.M)
+    assert len(rows) == 36 == len(set(rows)) and "nan" not in table
+    assert all(f"\n== {stage}" in chain.output() for stage in STAGES)
+    fetched = len(chain_server.fetched())
+    assert fetched == 9 and chain.finish() == table and len(chain_server.fetched()) == fetched
+
+
+@pytest.mark.slow
+def test_published_models_need_no_training(chain_server, tmp_path):
+    chain = Chain(tmp_path, chain_server, "--published")
+    table = chain.finish()
+    assert table.count("\n| ImageReFL | ") >= 9 and "| ReFL |" not in table and "== train" not in chain.output()
+    assert f"The authors' weights, {minis.MODEL}." in table
+
+
+@pytest.mark.slow
+def test_a_chain_that_is_killed_in_every_stage_and_at_random_gives_the_same_table(chain_server, tmp_path):
+    expected, draw = Chain(tmp_path / "whole", chain_server).finish(), random.Random(1)
+    chain = Chain(tmp_path / "killed", chain_server)
+    for stage in STAGES:
+        chain.kill_in(stage, draw.uniform(0, 3))
+        for _ in range(3):
+            process = chain.start()
+            time.sleep(draw.uniform(2, 25))
+            chain.kill(process)
+    assert chain.finish() == expected

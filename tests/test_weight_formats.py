@@ -164,6 +164,7 @@ def test_a_repository_cached_without_its_scheduler_is_checked_all_the_same(tmp_p
     shutil.rmtree(cached / "scheduler")
     weights.load_unet("some/model")
     assert "some/model: its scheduler/ is not in the hub's cache" in capsys.readouterr().err
+    weight_files.fetch_scheduler.cache_clear()
     with served(monkeypatch, tmp_path / "repository"):
         assert "prediction_type v_prediction" in message("some/model")
 
