@@ -15,7 +15,7 @@ from pathlib import Path
 
 WAITS = (1, 4)  # seconds before the second and third attempt, where the hub does not ask for more
 LONGEST_WAIT = 300.0  # the period over which the hub counts requests
-REFUSALS = (400, 401, 403, 404, 416)  # another attempt would give the same answer
+REFUSALS = (400, 401, 403, 404)  # another attempt would give the same answer
 
 
 @contextmanager
@@ -101,8 +101,13 @@ def fetch_release(url: str, place: Path, digest: str) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         done = partial.stat().st_size if partial.is_file() else 0
         if not done or not sha256(partial).startswith(digest):
-            with open(partial, "ab") as file:
-                http_get(url, file, resume_size=done, displayed_filename=place.name)
+            try:
+                with open(partial, "ab") as file:
+                    http_get(url, file, resume_size=done, displayed_filename=place.name)
+            except Exception as error:
+                if getattr(getattr(error, "response", None), "status_code", None) == 416:  # longer than the file
+                    partial.unlink()
+                raise
         found = sha256(partial)
         if not found.startswith(digest):
             partial.unlink()

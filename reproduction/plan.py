@@ -70,16 +70,15 @@ def train_args(settings: Settings, method: str):
 
 def shapes(base: str, fetch: bool = False) -> tuple[UNetConfig, VAEConfig]:
     """The sizes of the networks: those of the base in the hub's cache, else the published ones. fetch: its configs."""
-    repo, files = weight_files.BASES[base], ["unet/config.json", "vae/config.json"]
-    if fetch and not all(hub.cached(repo, file) for file in files):
-        hub.fetch(repo, lambda _: files)
-    paths = [hub.cached(repo, file) for file in files]
-    if not all(paths):
-        return cost.PUBLISHED[base]
-    try:
-        return unet_config(read_config(base)), vae_config(read_config(base, "vae"))
-    except FileNotFoundError:  # the configs alone
-        return unet_config(weight_files.read_json(paths[0])), vae_config(weight_files.read_json(paths[1]))
+    with hub.offline():
+        try:
+            return unet_config(read_config(base)), vae_config(read_config(base, "vae"))
+        except OSError:
+            if not fetch:
+                return cost.PUBLISHED[base]
+    folder = hub.fetch(weight_files.BASES[base], lambda _: ["unet/config.json", "vae/config.json"])
+    unet, vae = (weight_files.read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    return unet_config(unet), vae_config(vae)
 
 
 def schedules(settings: Settings) -> list[tuple[list[float], float]]:

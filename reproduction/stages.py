@@ -48,7 +48,7 @@ class Notes:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long each finished stage took, when it last ran."""
+        """How long each stage took that ran in one go."""
         return self.values.get("seconds", {})
 
     def petaflop(self, stage: Stage) -> float:
@@ -112,9 +112,11 @@ def run(stages: list[Stage], notes: Notes) -> None:
             continue
         left = what_is_left(stage, stages, notes)
         print(f"\n== {stage.name}{': ' + left if left else ''}", flush=True)
-        began = time.time()
+        begun, start = notes.values.get("begun", []), time.time()
+        notes.write(begun=[*begun, stage.name])
         stage.run()
-        notes.write(seconds=notes.seconds | {stage.name: round(time.time() - began, 1)})
+        if stage.name not in begun:
+            notes.write(seconds=notes.seconds | {stage.name: round(time.time() - start, 1)})
 
 
 def call(script: str, flags: list[str], lock) -> None:

@@ -192,6 +192,8 @@ class Handler(BaseHTTPRequestHandler):
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         if asked:
             start = int(asked.removeprefix("bytes=").split("-")[0])
+            if start >= len(content):
+                return self.refuse(416, {"Content-Range": f"bytes */{len(content)}"})
             headers |= {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
             content, status = content[start:], 206
         if fault and fault.kind == "short":  # no length: the end of the connection is the end of the file
