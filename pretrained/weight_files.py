@@ -240,7 +240,8 @@ def snapshots(repo: str) -> list[Path]:
 
 def download(repo: str, component: str) -> Path:
     """Download one component of a hub repository, and the tokenizers with a text encoder. Raises OSError on failure."""
-    folders = ("original_unet", "fine_tuned_unet", "unet") if component in NAMES else (f"{component}*",)
+    text = ("text_encoder", "text_encoder_2") if component.startswith("text") else (component,)
+    folders = ("original_unet", "fine_tuned_unet", "unet") if component in NAMES else text
     weights = [  # full precision before half, safetensors before pickles
         (*(f"{stem}.safetensors" for stem in STEMS), "*-of-*.safetensors"),
         ("*.fp16.safetensors", "*.fp16-*.safetensors"),

@@ -1,5 +1,6 @@
 """Fetching from a stand-in for the hub: what is fetched, and what each fault leads to."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from hub import TOKEN, Fault, use
 
 import rewards
 import weights
-from pretrained import features, hub, inception
+from pretrained import features, hub, inception, weight_files
 
 REPO, FILE = "some/model", "unet/model.safetensors"
 ROOT = Path(__file__).parent.parent
@@ -119,6 +120,16 @@ def test_a_wait_that_the_hub_asks_for_is_kept(server, monkeypatch, capsys):
     hub.fetch(REPO, choose)
     assert waits == [7, hub.LONGEST_WAIT]
     assert "some/model: HfHubHTTPError, next attempt in 7 s" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_not_tried_again(server, monkeypatch):
+    def full(*_, **__):
+        tries.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tries = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    assert "config.json: the disk is full; make room, or set HF_HOME to a larger one" in refusal() and len(tries) == 1
 
 
 def test_a_token_opens_a_gated_repository(server, monkeypatch):
@@ -294,3 +305,37 @@ def test_the_measuring_networks_are_fetched(official, tmp_path):
     official.faults.append(Fault(404, "releases"))
     with pytest.raises(FileNotFoundError, match=r"no Inception weights; get http.*not there \(404\)"):
         inception.find_inception("pytorch-fid")
+
+
+SDXL = """
+.gitattributes LICENSE.md README.md model_index.json sd_xl_base_1.0.safetensors sd_xl_base_1.0_0.9vae.safetensors
+scheduler/scheduler_config.json text_encoder/config.json text_encoder/flax_model.msgpack
+text_encoder/model.fp16.safetensors
+text_encoder/model.onnx text_encoder/model.safetensors text_encoder_2/config.json text_encoder_2/model.fp16.safetensors
+text_encoder_2/model.safetensors tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json
+tokenizer/vocab.json tokenizer_2/merges.txt tokenizer_2/vocab.json unet/config.json unet/model.onnx unet/model.onnx_data
+unet/diffusion_pytorch_model.fp16.safetensors unet/diffusion_pytorch_model.safetensors vae/config.json
+vae/diffusion_pytorch_model.fp16.safetensors vae/diffusion_pytorch_model.safetensors vae_1_0/config.json
+vae_1_0/diffusion_pytorch_model.safetensors vae_decoder/config.json vae_decoder/model.onnx
+""".split()
+
+
+@pytest.mark.parametrize(
+    "component, expected",
+    [
+        ("unet", {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}),
+        ("vae", {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}),
+        ("text_encoder", {name for name in SDXL if name.startswith(("text_encoder", "tokenizer"))}
+         - {name for name in SDXL if name.endswith((".msgpack", ".onnx", "fp16.safetensors"))}),
+    ],
+)  # fmt: skip
+def test_of_a_large_repository_only_what_is_read_is_fetched(component, expected, monkeypatch):
+    monkeypatch.setattr(hub, "fetch", lambda repo, choose: set(choose(SDXL)))
+    always = {"model_index.json", "scheduler/scheduler_config.json"}
+    assert weight_files.download("some/model", component) == expected | always
+    half = [name for name in SDXL if not name.endswith("model.safetensors")]
+    monkeypatch.setattr(hub, "fetch", lambda repo, choose: set(choose(half)))
+    found = weight_files.download("some/model", component)
+    assert {name for name in found if name.endswith("safetensors")} == {
+        name.replace(".safetensors", ".fp16.safetensors") for name in expected if name.endswith("safetensors")
+    }
