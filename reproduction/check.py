@@ -10,8 +10,8 @@ from reproduction import coco, plan
 from reproduction.assets import Asset, assets_of
 from reproduction.plan import Settings
 from training import cost
-from utils.device import choose_device
 
+WIDTH = 90  # of the column where; a longer reason is repeated in full below the table
 COCO_GB = {False: 20.4, True: 6.9}  # published: its validation images alone
 
 
@@ -98,7 +98,9 @@ def examine(settings: Settings, folder: Path, gpu_memory: float | None = None, f
         "ready": not problems,
         "problems": problems,
         "assets": rows,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else choose_device(None),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "cpu, on which --quick alone is practical",
         "memory": memory,
         "training_flags": flags,
         "disk": {"download_gb": downloads, "run_gb": needed, "free_gb": free},
@@ -111,7 +113,7 @@ def text(report: dict) -> str:
     """The report for a person: one screen."""
     lines = [f"{'':18} {'':9} {'GB':>5}  {'sha256':14} where"]
     for row in report["assets"]:
-        place = row["place"] if len(row["place"]) < 90 else row["place"][:87] + "..."
+        place = row["place"] if len(row["place"]) < WIDTH else row["place"][: WIDTH - 3] + "..."
         lines.append(f"{row['name']:18} {row['state']:9} {row['gb']:5.1f}  {row['sha256']:14} {place}")
     disk, memory = report["disk"], "; " + report["memory"] if report["memory"] else ""
     room = f"{disk['run_gb']:.1f} GB of the run, {disk['free_gb']:.0f} GB free"
@@ -121,6 +123,8 @@ def text(report: dict) -> str:
     lines.append(
         f"time               about {report['h100_hours']:.1f} h on an H100, predicted; on others known after the start"
     )
+    cut = [row["place"] for row in report["assets"] if row["state"] == "missing" and len(row["place"]) >= WIDTH]
+    lines += ["", *cut] if cut else []
     by_hand = [row["by_hand"] for row in report["assets"] if row["by_hand"]]
     if by_hand:
         lines += ["", "to get by hand:", *by_hand]
