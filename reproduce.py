@@ -16,10 +16,8 @@ from report.options import reproduce_args as parse_args
 
 if __name__ == "__main__":
     ARGS = parse_args(description=__doc__)  # before the slow imports, so that --help answers at once
-    if ARGS.offline:
-        os.environ["HF_HUB_OFFLINE"] = (
-            "1"  # before huggingface_hub is imported, here and in the commands that are called
-        )
+    if ARGS.offline:  # before huggingface_hub is imported, here and in the commands that are called
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
 import subprocess
@@ -36,8 +34,6 @@ from training.presets import TINY
 from utils import cli, disk
 
 ROOT = Path(__file__).parent
-
-
 FULL = Suite(variants(TINY.switch, TINY.updates["refl"], TINY.updates["imagerefl"]))
 QUICK = Suite(variants(TINY.switch, 30, 60), (1,), ("--limit=32", "--sweep=switch=0,10,30,35", "--sweep=aig=1,4"))
 

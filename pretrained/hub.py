@@ -45,7 +45,7 @@ def listing(repo: str, repo_type: str = "model", revision: str | None = None) ->
     from huggingface_hub import HfApi, constants
 
     options = {"repo_type": repo_type, "revision": revision, "timeout": constants.HF_HUB_ETAG_TIMEOUT}
-    info = persist(lambda: HfApi().repo_info(repo, files_metadata=True, **options), repo)
+    info = persist(lambda: HfApi().repo_info(repo, files_metadata=True, **options), label(repo, repo_type))
     return {file.rfilename: file for file in info.siblings}
 
 
@@ -80,12 +80,17 @@ def fetch_file(repo: str, name: str, expected: str, place: dict) -> None:
 
     place = place | {"cache_dir": constants.HF_HUB_CACHE}
     for _ in range(2):
-        path = Path(persist(lambda: hf_hub_download(repo, name, **place), repo, name))
+        path = Path(persist(lambda: hf_hub_download(repo, name, **place), label(repo, place["repo_type"]), name))
         found = checksum(path, expected)
         if found == expected:
             return
         remove(path)
     raise OSError(wrong_checksum(f"{repo}/{name}", found, expected))
+
+
+def label(repo: str, repo_type: str) -> str:
+    """A repository as its page is called."""
+    return f"datasets/{repo}" if repo_type == "dataset" else repo
 
 
 def fetch_release(url: str, place: Path, digest: str) -> Path:
@@ -186,7 +191,7 @@ def explain(repo: str, name: str, error: Exception) -> str:
     from huggingface_hub import constants
 
     file = f"{repo}/{name}" if name else repo
-    page = f"{constants.ENDPOINT}/{repo}"
+    page = repo if "://" in repo else f"{constants.ENDPOINT}/{repo}"
     status, kind = getattr(getattr(error, "response", None), "status_code", None), type(error).__name__
     if isinstance(error, ChecksumError):
         return str(error)

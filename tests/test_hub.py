@@ -339,3 +339,12 @@ def test_of_a_large_repository_only_what_is_read_is_fetched(component, expected,
     assert {name for name in found if name.endswith("safetensors")} == {
         name.replace(".safetensors", ".fp16.safetensors") for name in expected if name.endswith("safetensors")
     }
+
+
+def test_a_data_set_and_a_release_are_named_by_their_pages(official):
+    official.faults += [Fault(404, "HPDv2"), Fault(404, "releases")]
+    with pytest.raises(OSError) as caught:
+        hub.fetch("ymhao/HPDv2", lambda files: files, repo_type="dataset")
+    assert f"look at {official.url}/datasets/ymhao/HPDv2," in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=f"look at {official.url}/releases/"):
+        inception.find_inception("pytorch-fid")
