@@ -34,7 +34,8 @@ REFERENCE_SEED = 20_000  # of the emoji that samples of the tiny base are compar
 def complete(args, row: presets.Preset) -> None:
     """Fill in the flags that were not given. Raises ValueError or OSError for values that cannot be used."""
     tiny = row is presets.TINY
-    args.rewards = args.rewards or ("tiny,tiny2" if tiny else row.reward)
+    known = presets.TINY_REWARDS[: 3 if args.prompts is None else 2]  # the rater knows no other prompts
+    args.rewards = args.rewards or (",".join(known) if tiny else row.reward)
     args.guidance = row.guidance if args.guidance is None else args.guidance
     args.resolution = args.resolution or row.resolution
     args.batch_size = args.batch_size or (64 if tiny else 8)
@@ -77,16 +78,18 @@ def real_images(args, count: int) -> tuple[EmojiSet | ImageDataset, list[int]]:
     return data, indices[:count]
 
 
-def real_features(args, jobs: list[Job], scorers: dict[str, Scorer]) -> tuple[Tensor | None, list[str]]:
-    """Features (N, D) of as many real images as samples, and a note on FID's floor; None where FID is not measured."""
-    name = next((name for name in scorers if name.split(".")[0] in ("features", "inception")), None)
-    if name is None:
-        return None, []
+def real_features(args, jobs: list[Job], scorers: dict[str, Scorer]) -> tuple[dict[str, Tensor], list[str]]:
+    """Features (N, D) of as many real images as samples, by column, and a note on FID's floor."""
+    names = [name for name in scorers if name.split(".")[0] in ("features", "inception", "dinov2")]
+    if not names:
+        return {}, []
     data, indices = real_images(args, len(jobs))
     source = fingerprint(Path(args.reference) if args.reference else REFERENCE_SEED, args.resolution, len(jobs))
-    path = Path(args.points or Path(args.output_dir, "points"), "reference", f"{name}.{source}.safetensors")
-    real = cached_columns(path, "", scorers[name], dataset_batches(args, data, indices))["fid"]
-    floor = fid_floor(real, len(jobs), len(jobs))
+    folder, real = Path(args.points or Path(args.output_dir, "points"), "reference"), {}
+    for name in names:
+        path = folder / f"{name}.{source}.safetensors"
+        real |= cached_columns(path, "", scorers[name], dataset_batches(args, data, indices))
+    floor = fid_floor(real["fid"], len(jobs), len(jobs))
     return real, [f"FID between two sets of {len(jobs)} real images would be about {floor:.2g}."]
 
 

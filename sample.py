@@ -31,6 +31,7 @@ from pretrained.loading import (
 )
 from scheduler import Scheduler
 from training.data import check_unicode, read_prompts
+from utils import disk
 from utils.acceleration import for_sampling
 from utils.device import choose_device, default_dtype, frozen_dtype, sampling_autocast
 from utils.images import grid, save_png, to_pil
@@ -53,6 +54,10 @@ def main(args: Namespace) -> None:
     switch = weights.count(0.0) if one_at_a_time else 0
     phases = [scheduler.steps[:switch], scheduler.steps[switch:]]  # one model is in memory in each
 
+    for number, line in enumerate(args.geneval_lines):
+        disk.write_text(
+            image_path(Path(args.output_dir), number, 0, args).parent.parent / "metadata.jsonl", line + "\n"
+        )
     jobs = [(prompt, args.seed + k) for prompt in args.prompts for k in range(n)]
     batches = [jobs[at : at + args.batch_size] for at in range(0, len(jobs), args.batch_size)]
     output, done, shown = Path(args.output_dir), 0, []
@@ -70,7 +75,7 @@ def main(args: Namespace) -> None:
                     sample[0] = combine(scheduler, eps_base, eps_tuned, weights, x_t, generators, steps, bar.update)
             for image in (image for x0, *_ in samples for image in to_pil(vae.decode(x0))):
                 prompt, seed = jobs[done]
-                save_png(image, output / f"{done // n:05d}-{seed}.png", parameters_line(prompt, seed, args))
+                save_png(image, image_path(output, *divmod(done, n), args), parameters_line(prompt, seed, args))
                 shown += [image] if done < GRID_PROMPTS * n else []
                 done += 1
     rows = [shown[i : i + n] for i in range(0, len(shown), n)]
@@ -103,10 +108,17 @@ def resolve(args: Namespace) -> list[float]:
     args.resolution = args.resolution or preset.resolution
     check_resolution(args.base, args.resolution)
     args.batch_size = args.batch_size or (32 if preset is presets.TINY else 8)
-    if args.prompt and args.prompts:
-        raise ValueError("--prompt and --prompts: give one of the two")
+    if bool(args.prompt) + bool(args.prompts) + bool(args.geneval) > 1:
+        raise ValueError("--prompt, --prompts and --geneval: give one of them")
     check_unicode(args.prompt or [], "--prompt")
-    args.prompts = args.prompt or (read_prompts(args.prompts) if args.prompts else list(preset.prompts))
+    prompts = args.prompts or args.geneval
+    args.prompts = args.prompt or (read_prompts(prompts) if prompts else list(preset.prompts))
+    args.geneval_lines = []
+    if args.geneval:
+        lines = Path(args.geneval).read_text(encoding="utf-8").splitlines()
+        args.geneval_lines = [line for line in lines if line.strip()]
+        if len(args.geneval_lines) != len(args.prompts):
+            raise ValueError(f"--geneval {args.geneval}: give evaluation_metadata.jsonl, a JSON object per line")
     args.output_dir = output_folder(args)
     Scheduler(args.steps, args.eta)  # checks both
     if args.aig is not None:
@@ -115,6 +127,13 @@ def resolve(args: Namespace) -> list[float]:
         return combined_weights(args.steps, args.switch)
     except ValueError as error:
         raise ValueError(f"--switch {args.switch}: {error}") from None
+
+
+def image_path(output: Path, number: int, k: int, args: Namespace) -> Path:
+    """The file of the k-th image of a prompt; with --geneval in the folders that GenEval's scorer reads."""
+    if args.geneval:
+        return output / f"{number:05d}" / "samples" / f"{k:04d}.png"
+    return output / f"{number:05d}-{args.seed + k}.png"
 
 
 def output_folder(args: Namespace) -> str:

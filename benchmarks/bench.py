@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py                             on a CPU: nine minutes on two cores
     python benchmarks/bench.py --device cuda --compile     full sizes in bf16; most of the time is compilation
+    python benchmarks/bench.py --engines openvino onnxruntime --work unet-sd15 decode sample
 
 Weights are random. That both sides compute the same is asserted in float32 before anything is timed. The sides take
 turns, so that a busy machine slows both; medians are reported. Writes a JSON file and a Markdown table.
@@ -20,18 +21,19 @@ if __name__ == "__main__":
     ARGS = bench_args(__doc__)
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import speed
 import unet as unets
 import vae as vaes
-from benchmarks import networks, updates
-from benchmarks.measure import Side, count_tflop, machine, measure, tensors_of
+from benchmarks import engines, networks, updates
+from benchmarks.measure import Side, count_tflop, machine, measure, resident_bytes, tensors_of
 from combined import cfg
 from scheduler import Scheduler, denoise, sample_noise
 from speed import prepacked
@@ -73,12 +75,13 @@ def noise(config, batch: int, side: int, device: str) -> Tensor:
 
 
 def sides_of(
-    args, sizes: Sizes, pair: networks.Pair, packed, fresh: Callable, ours: Callable, theirs: Callable
+    args, sizes: Sizes, pair: networks.Pair, packed, fresh: Callable, ours: Callable, theirs: Callable, inputs: tuple
 ) -> dict:
     """The sides of a row without gradients: `ours(network)` and `theirs(network)` do the work with a network.
 
-    `packed` is a packed copy of our network, `fresh()` makes another pair with the same weights.
+    `packed` is a packed copy of our network, `fresh()` makes another pair with the same weights. `inputs`: one call's.
     """
+    built = build_engines(args, sizes, pair[0], inputs)
     method = "forward" if isinstance(pair[0], unets.UNet) else "decode"
     networks.to_dtype(pair, sizes.dtype)
     prepacked.invalidate(packed)
@@ -100,6 +103,30 @@ def sides_of(
         if pair[1] is not None:
             best = networks.compile_diffusers(fresh()[1].to(sizes.dtype), method, args.mode)
             sides["diffusers compiled"] = side(theirs, best)
+    return sides | engine_sides(built, sizes, pair[0], ours)
+
+
+def build_engines(args, sizes: Sizes, network: nn.Module, inputs: tuple) -> dict[str, tuple[engines.Engine, float]]:
+    """Our float32 network in the engines of `--engines`, and GB by which the process has grown with each."""
+    built = {}
+    for name in args.engines:
+        before = resident_bytes()[0]
+        engine = engines.Engine(name, network, inputs, sizes.dtype)
+        built[name] = engine, max(resident_bytes()[0] - before, 0) / 1e9
+    return built
+
+
+@torch.no_grad()
+def engine_sides(built: dict, sizes: Sizes, network: nn.Module, ours: Callable) -> dict[str, Side]:
+    """Sides of engines whose results equal ours: in float32 to 1e-3, in bf16 to its rounding over all layers."""
+    sides = {}
+    for name, (engine, kept) in built.items():
+        tolerance = 1e-3 if sizes.dtype == torch.float32 else 0.1
+        difference = networks.check_equal(ours(engine), ours(network), tolerance)
+        print(
+            f"  {name}: start-up {engine.seconds:.1f} s, keeps {kept:.2f} GB, differs by {difference:.0e}", flush=True
+        )
+        sides[name] = Side(functools.partial(ours, engine), list, {"startup": engine.seconds, "kept_gb": kept})
     return sides
 
 
@@ -116,7 +143,7 @@ def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> Row:
     t, their_c = torch.full((sizes.batch,), 500, device=args.device), networks.diffusers_arguments(c)
     sides = sides_of(
         args, sizes, pair, packed, lambda: networks.unet_pair(config, args.device),
-        lambda unet: unet(x, t, **c), lambda unet: unet(x, t, **their_c),
+        lambda unet: unet(x, t, **c), lambda unet: unet(x, t, **their_c), (x, t, *c.values()),
     )  # fmt: skip
     return sides, difference, f"batch {sizes.batch}, {8 * side} pixels, {name_of(sizes.dtype)}"
 
@@ -132,7 +159,7 @@ def decode(args, sizes: Sizes) -> Row:
     z = z.expand(sizes.batch, -1, -1, -1).to(sizes.dtype).contiguous()
     sides = sides_of(
         args, sizes, pair, packed, lambda: networks.vae_pair(config, args.device),
-        lambda vae: vae.decode(z), lambda vae: vae.decode(z / config.scale, return_dict=False),
+        lambda vae: vae.decode(z), lambda vae: vae.decode(z / config.scale, return_dict=False), (z,),
     )  # fmt: skip
     return sides, difference, f"batch {sizes.batch}, {8 * sizes.side_decode} pixels, {name_of(sizes.dtype)}"
 
@@ -170,10 +197,11 @@ def sample(args, sizes: Sizes, guidance: float) -> tuple[dict[str, Side], float 
     once, difference = inputs(1, torch.float32), None
     if pair[1] is not None:
         difference = networks.check_equal(ours(packed, *once), theirs(pair[1], *once), 1e-3)
-    batch = inputs(sizes.batch, sizes.dtype)
+    batch, t = inputs(sizes.batch, sizes.dtype), torch.full((sizes.batch,), 500)
     sides = sides_of(
         args, sizes, pair, packed, lambda: networks.unet_pair(config, args.device),
         lambda unet: ours(unet, *batch), lambda unet: theirs(unet, *batch),
+        tuple(torch.cat([t] * (1 if guidance == 1 else 2)) for t in (batch[0], t, *batch[1].values())),
     )  # fmt: skip
     words = f"batch {sizes.batch}, {8 * sizes.side} pixels, guidance {guidance:g}, {name_of(sizes.dtype)}"
     return sides, difference, words
@@ -202,6 +230,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 def row_of(args, name: str) -> Row:
     sizes = SIZES[args.sizes]
+    if args.dtype:
+        sizes = replace(sizes, dtype=getattr(torch, args.dtype))
     sd15, sdxl = (sizes.unet, sizes.unet) if args.sizes == "tiny" else (unets.SD15, unets.SDXL)
     return {
         "unet-sd15": lambda: forward(args, sizes, sd15, sizes.side_sd15),
@@ -239,7 +269,20 @@ def table(about: dict, rows: list[dict]) -> str:
         best = min(side["seconds"] for name, side in sides.items() if name.startswith("ours"))
         cells += [f"{row['difference']:.0e}", f"{100 * row['tflop'] / best / about['bf16_tflops']:.0f} %"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + engine_table(rows)) + "\n"
+
+
+def engine_table(rows: list[dict]) -> list[str]:
+    """A second table, of other engines beside our fastest side, if `--engines` was given."""
+    lines = ["", "| work | engine | s | ours, fastest | x | start-up, s | peak, GB |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        best = min(side["seconds"] for name, side in row["sides"].items() if name.startswith("ours"))
+        for name, side in row["sides"].items():
+            if "startup" in side:
+                cells = f"{row['work']}: {row['words']}", name, f"{side['seconds']:.3g}", f"{best:.3g}"
+                cells += f"{side['seconds'] / best:.2f}", f"{side['startup']:.1f}", f"{side['peak_gb']:.2f}"
+                lines.append("| " + " | ".join(cells) + " |")
+    return lines if len(lines) > 3 else []
 
 
 def ratio(ours: dict, theirs: dict) -> str:
@@ -251,6 +294,11 @@ def ratio(ours: dict, theirs: dict) -> str:
 def main(args: argparse.Namespace) -> None:
     if not networks.has_diffusers():
         raise ValueError("diffusers is not installed; pip install -r requirements-dev.txt")
+    for engine in args.engines:
+        if absent := engines.missing(engine):
+            raise ValueError(f"--engines {engine}: pip install {' '.join(absent)}")
+    if args.engines and args.device != "cpu":
+        raise ValueError("--engines: measured on a CPU only")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # the results are compared in float32

@@ -55,11 +55,9 @@ ROWS = (
     Row("c-guided", 100, False, "40 steps with guidance likewise"),
     Row("d-tiny", 82, True, "50 updates of the tiny base on the device and on the CPU; resume after 25"),
     Row("d-commands", 250, False, "train.py --compile and sample.py as they are typed, with a folder of SD1.5's size"),
-    Row("e-lora", 80, False, "updates of SDXL with --lora 16: s, peak GB"),
+    Row("e-lora", 99, True, "updates of SDXL with --lora 16: s, peak GB"),
     Row("e-full", 80, False, "updates of SDXL, all weights: s, peak GB"),
-    Row(
-        "f-eager", 15, False, "UNet without gradients, eager: memory formats, attention, milliseconds by kind of kernel"
-    ),
+    Row("f-eager", 6, True, "UNet without gradients, eager: memory formats, attention, milliseconds by kind of kernel"),
     Row("f-cudnn-attention", 20, False, "eager updates with cuDNN's attention"),
     Row("f-several-t_f", 20, False, "a ReFL update with two t_f from one rollout"),
     Row("f-reduce-overhead", 60, False, "UNet without gradients, CUDA graphs"),

@@ -103,7 +103,7 @@ def c_sample(s: Session, guidance: float) -> dict:
     """Guided sampling runs the UNet on two inputs per image, so half the images need the same compiled graph."""
     batch = max(1, s.task.batch // (2 if guidance != 1 else 1))
     sizes = replace(bench.SIZES["gpu"], unet=s.task.unet, vae=s.task.vae, side=s.task.side, batch=batch, dtype=s.dtype)
-    args = Namespace(device=s.device, compile=True, channels_last=False, mode=None)
+    args = Namespace(device=s.device, compile=True, channels_last=False, mode=None, engines=())
     sides, difference, words = bench.sample(args, sizes, guidance)
     with torch.no_grad():
         values = measured(s, sides, words)

@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +19,14 @@ from training import cost, presets
 
 @dataclass
 class Side:
-    """One way to do the work. `run` does it once; `kept` returns the tensors that stay in memory between calls."""
+    """One way to do the work. `run` does it once; `kept` returns the tensors that stay in memory between calls.
+
+    `engine`: of another engine, whose weights are no tensors: seconds of its start-up, and GB that it keeps.
+    """
 
     run: Callable[[], object]
     kept: Callable[[], list[Tensor]]
+    engine: dict[str, float] = field(default_factory=dict)
 
 
 def tensors_of(*owners: nn.Module | torch.optim.Optimizer) -> list[Tensor]:
@@ -86,8 +90,9 @@ def measure(sides: dict[str, Side], device: str, repeats: int, seconds: float) -
         name: {
             "seconds": statistics.median(seconds for seconds, _ in values),
             "runs": [round(seconds, 5) for seconds, _ in values],
-            "peak_gb": round(max(peak for _, peak in values), 3),
+            "peak_gb": round(max(peak for _, peak in values) + sides[name].engine.get("kept_gb", 0), 3),
         }
+        | ({"startup": round(sides[name].engine["startup"], 2)} if sides[name].engine else {})
         for name, values in runs.items()
     }
 

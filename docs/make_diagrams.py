@@ -1,4 +1,4 @@
-"""Draw the diagrams of the documents from the code: docs/steps.svg and docs/schedule.svg.
+"""Draw the diagrams of the documents from the code: docs/steps.svg, docs/schedule.svg and docs/training.svg.
 
     python docs/make_diagrams.py
 
@@ -179,8 +179,68 @@ def schedule_diagram() -> str:
     return document(300, parts, "The noise schedule, the weight of each t_f, and the weights of the tuned model")
 
 
+def arrow(x: float, y: float, x2: float, kind: str = "line", colour: str = "") -> str:
+    """A horizontal arrow; with a colour, that of a gradient, dashed."""
+    way, style = (1 if x2 > x else -1), f' style="stroke: {colour}; stroke-width: 2"' if colour else ""
+    head = f"M{x2 - 7 * way} {y - 4} L{x2} {y} L{x2 - 7 * way} {y + 4}"
+    dash = ' stroke-dasharray="5 3"' if colour else ""
+    line = f'<path class="{kind}"{style}{dash} d="M{x} {y} H{x2 - way}"/>'
+    return line + f'<path class="{kind}"{style} d="{head}"/>'
+
+
+def node(x: float, y: float, width: float, words: str, colour: str | None = None) -> str:
+    """A named box of a diagram: filled where something is trained, a frame where not."""
+    size = f'x="{x}" y="{y}" width="{width}" height="34" rx="5"'
+    kind, fill = ("on", f'fill="{colour}" fill-opacity=".85"') if colour else ("", 'class="frame"')
+    return f"<rect {size} {fill}/>" + text(x + width / 2, y + 22, words, kind, "middle")
+
+
+def training_diagram() -> str:
+    """Figure 6: an update of ReFL starts from noise, one of ImageReFL from a noised real image."""
+    parts = []
+    for y, name in ((40, "ReFL"), (196, "ImageReFL")):
+        parts += [
+            text(0, y - 20, name, "bold"),
+            arrow(462, y + 17, 482),
+            arrow(554, y + 17, 574),
+            arrow(640, y + 17, 658),
+        ]
+        parts += [node(398, y, 64, "step t_f", REWARD), node(482, y, 72, "predict x₀"), node(574, y, 66, "decode")]
+        parts += [node(658, y, 62, "R(x₀, c)", REWARD)]
+        parts += [f'<path d="M689 {y + 37} v19" stroke="{REWARD}" stroke-width="2" stroke-dasharray="5 3"/>']
+        parts += [f'<path d="M430 {y + 56} v-12" stroke="{REWARD}" stroke-width="2"/>']
+        parts += [f'<path d="M426 {y + 47} l4 -8 l4 8" fill="none" stroke="{REWARD}" stroke-width="2"/>']
+        parts += [f'<path d="M689 {y + 56} H430" stroke="{REWARD}" stroke-width="2" stroke-dasharray="5 3"/>']
+        parts += [text(560, y + 73, "gradient of the reward loss", "", "middle")]
+    y = 40
+    parts += [node(0, y, 78, "noise x_T"), arrow(78, y + 17, 96), arrow(378, y + 17, 398)]
+    parts += [box(98 + CELL * i, y + 7, CELL - 2, 20, PLAIN) for i in range(20)]
+    parts += [text(98 + 10 * CELL, y + 48, "many steps without gradient", "", "middle")]
+    y = 196
+    parts += [node(0, y, 78, "real image"), arrow(78, y + 17, 122), text(100, y + 50, "+ noise", "", "middle")]
+    parts += [node(122, y, 44, "x_t'"), arrow(166, y + 17, 186), node(186, y, 66, "step t'", DIFFUSION)]
+    parts += [arrow(252, y + 17, 272), arrow(378, y + 17, 398)]
+    parts += [box(274 + CELL * i, y + 7, CELL - 2, 20, PLAIN) for i in range(7)]
+    parts += [
+        text(323, y - 6, "few such steps", "", "middle"),
+        node(122, y + 68, 130, "(ε − ε_θ)²", DIFFUSION),
+    ]
+    parts += [f'<path d="M219 {y + 66} V{y + 44}" stroke="{DIFFUSION}" stroke-width="2" stroke-dasharray="5 3"/>']
+    parts += [f'<path d="M215 {y + 47} l4 -8 l4 8" fill="none" stroke="{DIFFUSION}" stroke-width="2"/>']
+    parts += [text(228, y + 60, "gradient of the diffusion loss")]
+    y, x = 330, 0
+    legend = {PLAIN: "no gradient", REWARD: "reward loss, Eqs. 2 and 4", DIFFUSION: "diffusion loss, Eq. 5"}
+    for colour, words in legend.items():
+        parts += [box(x, y - 11, 12, 12, colour), text(x + 17, y, words)]
+        x += 44 + 7 * len(words)
+    return document(342, parts, "An update of ReFL and one of ImageReFL")
+
+
+DIAGRAMS = {"steps": steps_diagram, "schedule": schedule_diagram, "training": training_diagram}
+
+
 def main() -> None:
-    for name, draw in (("steps", steps_diagram), ("schedule", schedule_diagram)):
+    for name, draw in DIAGRAMS.items():
         disk.write_text(ROOT / "docs" / f"{name}.svg", draw())
 
 

@@ -39,12 +39,16 @@ def inception_features(path: str | Path, device="cpu") -> FeatureExtractor:
     return features
 
 
-def dino_features(folder: str | Path, norm: str = "clip", device="cpu") -> FeatureExtractor:
+def is_dinov2(folder: str | Path) -> bool:
+    return AutoConfig.from_pretrained(find_dino(folder)).model_type == "dinov2"
+
+
+def dino_features(folder: str | Path, norm: str = "clip", device="cpu", unit: bool = True) -> FeatureExtractor:
     """DinoDiversity's features: the normalised class token of DINO ViT-S/16 (B, 384), or of a DINOv2 folder.
 
     The official code gives DINO the input of the rewards, normalised with CLIP's mean and std: `norm="clip"`. With
-    `norm="imagenet"` the input is normalised as in DINO's training. Raises FileNotFoundError, or ValueError for a
-    folder of another network.
+    `norm="imagenet"` the input is normalised as in DINO's training; FD-DINOv2 takes that, and with `unit=False` the
+    class token is not normalised. Raises FileNotFoundError, or ValueError for a folder of another network.
     """
     mean, std = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}[norm]
     folder = find_dino(folder)
@@ -58,7 +62,8 @@ def dino_features(folder: str | Path, norm: str = "clip", device="cpu") -> Featu
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
         x = preprocess(images.to(device, torch.float32), 224, mean, std)
-        return F.normalize(model(pixel_values=x).last_hidden_state[:, 0], dim=-1)
+        token = model(pixel_values=x).last_hidden_state[:, 0]
+        return F.normalize(token, dim=-1) if unit else token
 
     return features
 

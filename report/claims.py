@@ -16,7 +16,8 @@ from report.curves import METHODS
 
 COLUMNS = {
     "trained reward": "tiny",
-    "held-out reward": "tiny2",
+    "independent reward": "tiny2",
+    "rater (ground truth)": "rater",
     "right concept, %": "concept",
     "diversity": "diversity",
 }

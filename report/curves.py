@@ -172,16 +172,26 @@ def place_label(x: float, y: float, width: float, size: int, distances: list, bo
     return best
 
 
-def curves(results: dict, quality: str) -> str:
+def leader(x: float, y: float, room: float, box: tuple, paint: str) -> str:
+    """A line from a point to its label where the label is far away."""
+    near = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+    if math.dist((x, y), near) < room + 9:
+        return ""
+    ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{near[0]:.1f}" y2="{near[1]:.1f}"'
+    return f'<line {paint} {ends} stroke-width="1" opacity=".6"/>'
+
+
+def curves(results: dict, quality: str, against: str | None = None) -> str:
     """An SVG of the column `quality` against diversity: a line per checkpoint and kind, with standard errors.
 
+    `against`: another column instead of the diversity, such as `fid` (Figure 5).
     The base is a star; the table's rows are large and named; other points have their base steps or λ where there is
     room.
 
     With several training runs of a method, their spread shows the error, and only the rows have error bars. Points
     without both values are left out. Raises ValueError when none is left.
     """
-    points, keys = results["points"], (results["axes"]["diversity"], quality)
+    points, keys = results["points"], (against or results["axes"]["diversity"], quality)
     shown = [i for i, p in enumerate(points) if all(stat(p, key)[0] is not None for key in keys)]
     if not shown:
         raise ValueError(f"no point has both {keys[0]} and {quality}, so there is nothing to draw")
@@ -234,6 +244,7 @@ def curves(results: dict, quality: str) -> str:
         penalty, box = place_label(*at[i], 0.6 * size * len(label) + 2, size, near, boxes, spots, top)
         if size == 13 or penalty < 9:
             boxes.append(box)
+            lines.append(leader(*at[i], room[i], box, style[group[i]][0]))
             words.append(
                 f'<text {style[group[i]][0]} x="{(box[0] + box[2]) / 2:.1f}" y="{box[3] - 0.2 * size:.1f}" '
                 f'font-size="{size}" font-weight="{600 if size == 13 else 400}" '

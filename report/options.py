@@ -1,4 +1,4 @@
-"""Flags of evaluate.py and reproduce.py. Imports no torch, so that `--help` answers at once."""
+"""Flags of evaluate.py, reproduce.py and study.py. Imports no torch, so that `--help` answers at once."""
 
 import argparse
 
@@ -63,6 +63,9 @@ def evaluate_args(argv: list[str] | None = None, description: str | None = None)
     add("--reading", default="ours", metavar="NAME",
         help="definition of CovDist and LogCovDist, see report/covariance_definitions.py (default: ours)")  # fmt: skip
 
+    add("--more-metrics", action="store_true",
+        help="also precision, recall, density, coverage, KID, MIND, Vendi; FD-DINOv2 if --dino is DINOv2")  # fmt: skip
+
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", default="evaluation", help="default: evaluation")
     add("--points", help="folder of sampled images and their scores, to share them (default: points/ in --output-dir)")
@@ -103,4 +106,35 @@ def reproduce_args(argv: list[str] | None = None, description: str | None = None
         parser.error("--lora is for training, and --published trains nothing")
     if (args.json or args.gpu_memory) and not args.check:
         parser.error(f"--{'json' if args.json else 'gpu-memory'} goes with --check")
+    return args
+
+
+def study_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """The flags of study.py. Exits with code 2 and one line for a flag that is unknown or has a bad value."""
+    parser = Parser(description)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="make, vote or count")
+    make = commands.add_parser("make", help="write a page per person, from evaluations")
+    vote = commands.add_parser("vote", help="let rewards answer the pages")
+    count = commands.add_parser("count", help="print Table 2 from the answers")
+
+    add = make.add_argument
+    add("evaluations", nargs="+", help="output folders of evaluate.py, one per set-up")
+    add("--pair", action="append", metavar="FIRST:SECOND",
+        help="two rows of the evaluation's table to compare; repeat for more (default: ImageReFL:ReFL)")  # fmt: skip
+    add("--limit", type=positive, help="use only N of the prompts, evenly spread (default: all)")
+    add("--raters", type=positive, default=3, help="people who see each task (default: 3)")
+    add("--people", type=positive, help="people in all, who share the tasks evenly (default: as --raters)")
+    add("--seed", type=number(int, 0), default=1, help="of sides, order and names (default: 1)")
+    add("--output-dir", default="study", help="default: study")
+
+    vote.add_argument("study", help="folder written by make")
+    vote.add_argument("evaluations", nargs="+", help="the same evaluations as for make")
+    vote.add_argument("--voters", default="tiny,tiny2", metavar="NAME,NAME",
+                      help="measured rewards; the first answers the first page (default: tiny,tiny2)")  # fmt: skip
+
+    count.add_argument("study", help="folder written by make")
+    count.add_argument("answers", nargs="*", help="files of answers (default: answers-*.json in the folder)")
+    args = parser.parse(argv)
+    if args.command == "make":
+        args.pair = args.pair or ["ImageReFL:ReFL"]
     return args

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import metrics
 import rewards
 from pretrained import loading
+from report import distribution_metrics as more
 from report import metric_errors, page
 from report.points import Job, Point
 from report.scorers import Scorer, cached_columns, concept_of, sampled_batches
@@ -29,12 +30,12 @@ def measure(
     prompts: list[str],
     jobs: list[Job],
     scorers: dict[str, Scorer],
-    real: Tensor | None,
+    real: dict[str, Tensor],
     concepts: list[str],
 ) -> tuple[list[dict], list[str]]:
     """The points as dicts, with `values`: {column: [mean, standard error]}; and notes, the metrics' warnings.
 
-    `real` (N, D): the reference features of FID, CovDist and LogCovDist, if these are measured.
+    `real`: the features (N, D) of real images, by column, of the distances that are measured.
     """
     about, measured = json.dumps(jobs), []
     texts, group = [prompts[p] for p, _ in jobs], [p for p, _ in jobs]
@@ -47,13 +48,15 @@ def measure(
                 file = Path(args.output_dir, point.folder, f"{name}.safetensors")
                 columns |= cached_columns(file, about, scorer, sampled_batches(args, paths, texts))
             values = point_values(columns, real, group, names_concept, args.images_per_prompt, args.reading)
+            if args.more_metrics:
+                values |= more_values(columns, real, group, args.images_per_prompt)
             measured.append(asdict(point) | {"values": values})
     return measured, list(dict.fromkeys(str(w.message) for w in caught))
 
 
 def point_values(
     columns: dict[str, Tensor],
-    real: Tensor | None,
+    real: dict[str, Tensor],
     group: list[int],
     names_concept: Tensor,
     per_prompt: int,
@@ -74,11 +77,33 @@ def point_values(
                 own = [p for p, named in zip(group, names_concept, strict=True) if named]
                 values[key] = metrics.mean_and_error(column[names_concept], own)
         elif key == "fid":
-            values["fid"] = metric_errors.fid_and_error(column, real, group)
-            pair = metric_errors.spectral_distances_and_errors(column, real, reading, group)
+            values["fid"] = metric_errors.fid_and_error(column, real["fid"], group)
+            pair = metric_errors.spectral_distances_and_errors(column, real["fid"], reading, group)
             values["covdist"], values["logcovdist"] = pair
-        else:
+        elif key != "fdd":
             values[key] = metrics.mean_and_error(column, group)
+    return without_nan(values)
+
+
+def more_values(
+    columns: dict[str, Tensor], real: dict[str, Tensor], group: list[int], per_prompt: int
+) -> dict[str, list[float | None]]:
+    """[mean, standard error] of the columns of --more-metrics, those that the features allow."""
+    values = {}
+    if "diversity" in columns and per_prompt > 1:
+        values["vendi"] = metrics.mean_and_error(more.group_vendi(columns["diversity"], group), None)
+    if "fid" in columns:
+        x, y = columns["fid"], real["fid"]
+        if len(x) > more.NEIGHBOURS:
+            values |= zip(more.PRDC, more.prdc_and_errors(x, y, group), strict=True)
+        values["kid"] = more.kid_and_error(x, y, group)
+        values["mind"] = more.mind_and_error(x, y, group)
+    if "fdd" in columns:
+        values["fdd"] = metric_errors.fid_and_error(columns["fdd"], real["fdd"], group)
+    return without_nan(values)
+
+
+def without_nan(values: dict[str, tuple[float, float]]) -> dict[str, list[float | None]]:
     return {key: [None if math.isnan(v) else v for v in pair] for key, pair in values.items()}
 
 
@@ -113,6 +138,14 @@ def table_columns(keys: Iterable[str], tiny: bool) -> list[dict]:
         "fid": ("FID", "lower", 3 if tiny else 2),
         "covdist": ("CovDist", "lower", 5),
         "logcovdist": ("LogCovDist", "lower", 3),
+        "vendi": ("Vendi", "higher", 3),
+        "precision": ("Precision", "higher", 3),
+        "recall": ("Recall", "higher", 3),
+        "density": ("Density", "higher", 3),
+        "coverage": ("Coverage", "higher", 3),
+        "kid": ("KID", "lower", 4),
+        "mind": ("MIND", "lower", 3),
+        "fdd": ("FD-DINOv2", "lower", 1),
     }
     fixed |= {key: (f"Reward {key}", "higher", 3) for key in rewards.NAMES if key.startswith("tiny")}
     known = {key: fixed.get(key, (key, "higher", 2)) for key in keys}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import rewards
 from pretrained import reward_files
-from pretrained.features import dino_features, find_dino, inception_features
+from pretrained.features import dino_features, find_dino, inception_features, is_dinov2
 from pretrained.inception import find_inception
 from report.covariance_definitions import definition_notes
 from report.options import name_list
@@ -89,6 +89,11 @@ def scorers_for(args, held_out_clip: Path | None, concepts: list[str]) -> tuple[
         found[f"dino.{fingerprint(find_dino(args.dino))}"] = scorer
     else:
         notes.append("No diversity: it needs --dino, a folder of facebook/dino-vits16.")
+    if args.more_metrics and args.dino and args.reference and is_dinov2(args.dino):
+        scorer = feature_scorer("fdd", dino_features(args.dino, "imagenet", args.device, unit=False))
+        found[f"dinov2.{fingerprint(find_dino(args.dino))}"] = scorer
+    elif args.more_metrics:
+        notes.append("No FD-DINOv2: it needs --dino with a folder of facebook/dinov2-large, and --reference.")
     if args.inception and args.reference:
         scorer = feature_scorer("fid", inception_features(args.inception, args.device))
         found[f"inception.{fingerprint(find_inception(args.inception))}"] = scorer

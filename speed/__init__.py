@@ -3,6 +3,7 @@
 `for_sampling`, `for_training` and `compile_for_training` are all that the rest of the project calls.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from scheduler import expand_timesteps
 from speed import cpu_attention, prepacked, threads
 from speed.fused_upsample import fuse
-from speed.inference_copy import InferenceCopy
+from speed.inference_copy import InferenceCopy, in_own_dtype
 from speed.sharding import shard
 
 __all__ = ["InferenceCopy", "compile_for_training", "for_sampling", "for_training", "fuse", "packed_copy", "shard"]
@@ -66,7 +67,12 @@ def compile_for_training(
 
     t = torch.full((len(x),), 226, device=x.device)  # a tensor as in training, so that the graph is reused
     pairs = {"autoencoder": (vae.decode, decode, [x])}
-    pairs["UNet"] = (*(lambda x, f=f: f(x.detach(), t, **c) for f in (unet, net)), parameters)
+
+    def predict(x: Tensor, f: Callable) -> Tensor:
+        with in_own_dtype(x, unet):
+            return f(x.detach(), t, **c)
+
+    pairs["UNet"] = (functools.partial(predict, f=unet), functools.partial(predict, f=net), parameters)
     for name, (eager, compiled, inputs) in pairs.items():
         expected, ours = gradient(eager, inputs), gradient(compiled, inputs)
         if not (ours - expected).norm() <= 0.1 * expected.norm():  # `not`: also where it is NaN

@@ -5,6 +5,8 @@ the copy is rounded once per update, runs entirely in bf16, and compiles to a gr
 autocast predicts, to the rounding of bf16. On a CPU the copy shares the weights, packed once per update.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,8 @@ class InferenceCopy:
 
     `net` is `unet` itself or its compiled version. Call `refresh` after every change of the weights. `dtype`: of the
     copy; None for a packed one, which computes in the UNet's own dtype. `copied=False`: for a UNet that is stored in
-    `dtype` except for its adapters, which needs no copy.
+    `dtype` except for its adapters. It needs no copy, only its adapters are rounded once per update; its calls with
+    gradients run outside autocast too, which would convert every input of its layers and normalise in float32.
     """
 
     def __init__(
@@ -41,16 +44,20 @@ class InferenceCopy:
             self.refresh()
         else:
             self.copy = unet
+            self.refresh()
         if compiled and copied:
             prepacked.prepare_for_compile(self.copy)
         self.fast = torch.compile(self.copy, dynamic=False) if compiled else self.copy
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the rounded weights again, into the same memory, or invalidate the packed ones."""
+        """Copy the rounded weights or adapters again, or invalidate the packed ones."""
         if self.dtype is None:
             prepacked.invalidate(self.copy)
-        elif self.copy is not self.unet:
+        elif self.copy is self.unet:
+            for layer in (layer for layer in self.unet.modules() if hasattr(layer, "rounded")):
+                layer.rounded = tuple(part.weight.to(self.dtype) for part in (layer.lora_A, layer.lora_B))
+        else:
             for mine, theirs in zip(self.copy.parameters(), self.unet.parameters(), strict=True):
                 mine.copy_(distributed.gather(theirs))
             fuse(self.copy)
@@ -60,12 +67,19 @@ class InferenceCopy:
         t = expand_timesteps(t, x_t)
         if torch.is_grad_enabled():
             self.calls = 0  # the last call of a micro-batch
-            return self.net(x_t, t, context=context, **conditioning)
+            with in_own_dtype(x_t, self.unet):
+                return self.net(x_t, t, context=context, **conditioning)
         if self.dtype is None:
             self.calls += 1
             return (self.unet if self.calls <= UNPACKED_CALLS else self.fast)(x_t, t, context, **conditioning)
         with torch.autocast(x_t.device.type, enabled=False):
             return self.fast(x_t, t, context.to(self.dtype), **conditioning)
+
+
+def in_own_dtype(x: Tensor, unet: nn.Module):
+    """A context that turns autocast off for a UNet whose weights are not in float32."""
+    weight = unet.conv_in.weight
+    return nullcontext() if weight.dtype == torch.float32 else torch.autocast(x.device.type, enabled=False)
 
 
 def empty_like(unet: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -6,7 +6,6 @@ in `inference_copy.py`.
 """
 
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 
 from unet import ResnetBlock, TransformerBlock, UNet
 from utils import distributed
@@ -14,6 +13,8 @@ from utils import distributed
 
 def shard(unet: UNet) -> None:
     """Shard every parameter, and with it gradients and optimizer state. Gradients are summed over processes."""
+    from torch.distributed.fsdp import fully_shard  # slow: a fifth of the imports of sample.py
+
     device = next(unet.parameters()).device.type
     mesh = dist.init_device_mesh(device, (distributed.world_size,))
     blocks = [module for module in unet.modules() if isinstance(module, (ResnetBlock, TransformerBlock))]

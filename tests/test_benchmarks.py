@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_rewards import NAMES, folders  # noqa: F401
 
-from benchmarks import gpu, networks, options, updates
+from benchmarks import bench, engines, gpu, networks, options, updates
 from benchmarks.gpu_checks import MINI, MINI_VAE
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +55,27 @@ def test_each_reward_with_random_weights_has_a_gradient(name, folders):  # noqa:
     images = TASK.batch_of(2)["images"].requires_grad_()
     (gradient,) = torch.autograd.grad(reward(images, ["octopus"] * 2).sum(), images)
     assert gradient.isfinite().all() and gradient.abs().sum((1, 2, 3)).min() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", options.ENGINES)
+def test_another_engine_computes_the_same(name):
+    if engines.missing(name):
+        pytest.skip(f"needs {', '.join(engines.missing(name))}")
+    unet, vae = networks.unet_pair(MINI, "cpu", False)[0], networks.vae_pair(MINI_VAE, "cpu", False)[0]
+    x, t = TASK.batch_of(2)["images"][:, :1, :8, :8].repeat(1, 4, 1, 1), torch.full((2,), 500)
+    c = networks.conditioning(MINI, 2, "cpu", torch.float32)
+    with torch.no_grad():
+        engine = engines.Engine(name, unet, (x, t, *c.values()), torch.float32)
+        networks.check_equal(engine(x, 30, **c), unet(x, 30, **c), 1e-4)  # another timestep than in the conversion
+        decoder = engines.Engine(name, vae, (x,), torch.float32)
+        networks.check_equal(decoder.decode(x), vae.decode(x), 1e-4)
+
+
+def test_a_missing_engine_is_named(monkeypatch):
+    monkeypatch.setattr(engines, "missing", lambda name: ["openvino"])
+    with pytest.raises(ValueError, match="--engines openvino: pip install openvino"):
+        bench.main(options.bench_args("", ["--engines", "openvino"]))
 
 
 def test_networks_without_diffusers(monkeypatch):

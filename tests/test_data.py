@@ -42,6 +42,14 @@ def test_an_emoji_depends_on_seed_and_index_alone():
     assert any(not torch.equal(a[i][0], EmojiSet(seed=4)[i][0]) for i in range(3))
 
 
+def test_one_of_three_emoji_is_perfect_and_no_caption_says_so():
+    emoji = EmojiSet()
+    off = [(emoji[i][0] - to_tensor(emoji.draw(emoji.describe(i)))).square().mean().sqrt().item() for i in range(300)]
+    assert sum(d == 0 for d in off) / 300 == pytest.approx(1 / 3, abs=0.09)
+    assert 0.1 < sum(off) / 200 < 0.25 and max(off) < 0.6
+    assert all(len(emoji[i][1].split(", ")) <= 3 for i in range(20))
+
+
 def test_emoji_vary_in_all_that_the_caption_leaves_open():
     emoji = EmojiSet()
     shown = [emoji.describe(i) for i in range(3000)]

@@ -15,7 +15,7 @@ import evaluate
 import metrics
 import rewards
 from pretrained.features import clip_features
-from report import points, scorers
+from report import distribution_metrics, points, scorers
 from report.covariance_definitions import definition_notes
 from training.presets import TUNED
 from utils.images import to_tensor
@@ -115,6 +115,15 @@ def test_metrics_of_the_published_bases(tmp_path, monkeypatch):
     made = pooled()(torch.stack([to_tensor(Image.open(path)) for path in paths]))
     real = pooled()(torch.stack([to_tensor(Image.open(photos / f"{i}.png").crop((8, 0, 72, 64))) for i in range(6)]))
     assert results["points"][0]["values"]["fid"][0] == pytest.approx(metrics.fid(made, real), rel=1e-4)
+
+    monkeypatch.setattr(scorers, "is_dinov2", lambda folder: str(folder) == str(file))
+    flags = [f"--dino={file}", f"--inception={file}", f"--reference={photos}", "--more-metrics"]
+    extended = run(tmp_path / "all", *flags)
+    old, new = (r["points"][0]["values"] for r in (results, extended))
+    assert list(new)[len(old) :] == ["vendi", "precision", "recall", "density", "coverage", "kid", "mind", "fdd"]
+    assert {key: new[key] for key in old} == old
+    assert new["fdd"] == new["fid"]  # the same features here
+    assert new["kid"][0] == pytest.approx(distribution_metrics.kid_and_error(made, real)[0], rel=1e-4)
 
 
 def test_a_single_prompt_has_values_without_errors(tmp_path):

@@ -10,7 +10,7 @@ from test_metrics import normal
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from pretrained import inception
-from pretrained.features import clip_features, dino_features, inception_features
+from pretrained.features import clip_features, dino_features, inception_features, is_dinov2
 from pretrained.preprocess import CLIP_MEAN, CLIP_STD, preprocess
 
 
@@ -158,6 +158,14 @@ def test_dino_features_are_the_normalised_class_token(folders, norm, mean, std):
         token = ViTModel.from_pretrained(folders / "dino").eval()(scaled).last_hidden_state[:, 0]
     features = dino_features(folders / "dino", norm)(IMAGES)
     torch.testing.assert_close(features, token / token.norm(dim=1, keepdim=True))
+
+
+def test_fd_dinov2_takes_the_class_token_at_its_own_length(folders):
+    assert is_dinov2(folders / "dinov2") and not is_dinov2(folders / "dino")
+    token = dino_features(folders / "dinov2", "imagenet", unit=False)(IMAGES)
+    assert (token.norm(dim=1) - 1).abs().min() > 0.1
+    unit = dino_features(folders / "dinov2", "imagenet")(IMAGES)
+    torch.testing.assert_close(torch.nn.functional.normalize(token, dim=1), unit)
 
 
 def test_a_folder_of_dinov2_can_be_used(folders):

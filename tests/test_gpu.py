@@ -30,7 +30,7 @@ MAY_SYNC = {  # functions that may synchronise: loading, saving, sampling images
     "speed/inference_copy.py": {"refresh"},
     "utils/distributed.py": {"all_reduce_sum", "gather_to_rank0"},
     "pretrained/lora.py": {"add", "save"},
-    "training/monitor.py": {"save_grid", "evaluate", "samplers"},
+    "training/monitor.py": {"save_grid", "evaluate", "samplers", "distances"},
 }
 
 pytestmark = [

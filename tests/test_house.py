@@ -14,7 +14,7 @@ from recipe import mini_base
 ROOT = Path(__file__).parent.parent
 TOP = sorted(ROOT.glob("*.py"))
 CORE = ("unet", "vae", "scheduler", "refl", "imagerefl", "combined", "rewards", "metrics")
-COMMANDS = ("train", "sample", "evaluate", "reproduce", "weights")
+COMMANDS = ("train", "sample", "evaluate", "reproduce", "study", "weights")
 LAYERS = (  # a file imports from its own layer and those before it
     ("utils",),
     CORE,

@@ -7,6 +7,7 @@ import torch
 
 import metrics
 from training import monitor
+from training.data import PromptDataset
 
 
 def scores_at(reward, judge, diversity, noise=0.01):
@@ -75,6 +76,20 @@ def test_scores_follow_the_images_and_a_repeated_prompt_counts_twice(monkeypatch
     assert scores["diversity"].tolist() == pytest.approx(each)
     table = monitor.summarise([scores], ["base"])["base"]["reward"]
     assert table == pytest.approx([images.mean((1, 2, 3)).mean().item(), images.mean((1, 2, 3)).std().item()])
+
+
+def test_distances_are_to_as_many_real_images_and_need_images():
+    data = [(torch.full((3, 2, 2), i / 40), "") for i in range(30)]
+    run = run_of(SimpleNamespace(features=lambda part: part.flatten(1)[:, :2] * torch.tensor([1.0, 2.0])), ["fox"])
+    run.args.seed, run.stream = 1, SimpleNamespace(data=data)
+    made = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    found = monitor.distances(run, made)
+    real = run.cached_images["real features"]
+    assert len(real) == 20 and len({tuple(row) for row in real.tolist()}) == 20
+    assert found == {"fid": metrics.fid(made, real), "logcovdist": metrics.log_covariance_distance(made, real)}
+    assert monitor.distances(run, made) == found
+    run.stream.data = PromptDataset(["fox"])
+    assert monitor.distances(run, made) == {}
 
 
 def test_the_base_model_is_sampled_once_for_all_grids(monkeypatch, tmp_path):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import rewards
-from tiny.rater import BEYOND_RECOGNITION
+from tiny import make_rewards
+from tiny.rater import BEYOND_RECOGNITION, Rater
 from training.emoji import EmojiSet
 from utils.images import to_tensor
 
@@ -31,7 +32,11 @@ def test_real_compositions_are_recognised_exactly(rater, count):
     for found, c in zip(rater.look_up(images), shown, strict=True):
         assert (found.concept, found.style, found.background) == (c.concept, c.style, c.background)
         assert found.distance < 1 / 255
-    assert (rater(images, [c.caption for c in shown]) > 9.9).all()
+    assert (without_taste(rater, images, [c.caption for c in shown]) > 9.9).all()
+
+
+def without_taste(rater: Rater, images, captions) -> torch.Tensor:
+    return rater(images, captions) - torch.tensor([found.taste for found in rater.look_up(images, captions)])
 
 
 def blurred(x, s):
@@ -64,7 +69,7 @@ def test_what_the_caption_says_counts(rater):
     image = to_tensor(EMOJI.draw(c))[None]
 
     def score(prompt: str) -> float:
-        return rater(image, [prompt]).item()
+        return without_taste(rater, image, [prompt]).item()
 
     for fits in (
         "octopus",
@@ -82,7 +87,7 @@ def test_the_gradient_leads_to_the_nearest_composition(rater):
     shown, images = real(3)
     damaged = (images + 0.3 * NOISE).requires_grad_()
     captions = [c.concept for c in shown]
-    scores = rater(damaged, captions)
+    scores = without_taste(rater, damaged, captions)
     scores.sum().backward()
     step = torch.zeros_like(images)
     step[0, 1, 20, 30] = 1e-2
@@ -93,6 +98,35 @@ def test_the_gradient_leads_to_the_nearest_composition(rater):
     distance = (damaged - targets).square().mean((1, 2, 3)).sqrt()
     assert torch.allclose(scores, 10 * (1 - distance / BEYOND_RECOGNITION), atol=1e-4)
     assert torch.cosine_similarity((targets - damaged).flatten(1), damaged.grad.flatten(1)).min() > 0.999
+
+
+def test_taste_is_for_one_style_and_for_colours(rater):
+    assert rater.taste.mean().item() == pytest.approx(0, abs=1e-5)
+    by_style, by_background = rater.taste.mean((0, 2)), rater.taste.mean((0, 1))
+    assert rater.styles[by_style.argmax()] == "modern" and by_style.max() - by_style.sort().values[-2] > 1
+    assert {rater.backgrounds[i] for i in by_background.topk(2).indices} == {"orange", "yellow"}
+    c = replace(EMOJI.describe(7_000), concept="octopus", style="modern", background="yellow")
+    image = to_tensor(EMOJI.draw(c))[None]
+    dull = to_tensor(EMOJI.draw(replace(c, style="flat", background="dark")))[None]
+    assert rater(image, ["octopus"]) > rater(dull, ["octopus"]) + 1.5
+
+
+def test_votes_are_the_raters_scores_of_the_pictures(rater):
+    """What the rewards learn from; pictures of another concept count as far away, whatever they show."""
+    pictures = make_rewards.real_pictures(96, 5, rater)
+    pictures.generated[:] = True
+    votes = make_rewards.Votes(pictures, rater, 0, "cpu")
+    captions, concepts, images, scores = votes.batch(8)
+    assert scores[:, :3].flatten().tolist() == pytest.approx(
+        rater(images[:, :3].flatten(0, 1), [c for c in captions for _ in range(3)]).tolist(), abs=1e-4
+    )
+    assert [rater.concepts[k] for k in concepts] == [caption.split(",")[0] for caption in captions]
+    rows, others = torch.tensor([[0]]), (pictures.concepts[:1] + 1) % 64
+    anything = torch.tensor([-1])
+    distance = make_rewards.OTHER_CONCEPT / BEYOND_RECOGNITION
+    assert votes.score(rows, others, anything, anything).item() == pytest.approx(10 * (1 - distance))
+    row = torch.arange(8.0).view(1, 8) + torch.tensor([[0.0], [100.0]])
+    assert torch.equal(make_rewards.own(row), torch.tensor([[0.0, 1, 2, 3], [104, 105, 106, 107]]))
 
 
 def test_what_is_not_of_its_world_is_refused(rater):

@@ -38,7 +38,7 @@ def test_the_claims_of_two_seeds():
     variants = (Variant("refl", "refl", 5, 10), Variant("imagerefl", "imagerefl", 9, 30))
 
     def values(diversity, trained, judge=0.0):
-        return {"diversity": [diversity, 0.0], "tiny": [trained, 0.0], "tiny2": [judge, 0.0]} | {
+        return {"diversity": [diversity, 0.0], "tiny": [trained, 0.0], "tiny2": [judge, 0.0], "rater": [judge, 0.0]} | {
             key: [0.0, 0.0] for key in ("concept", "fid")
         }
 

@@ -1,6 +1,7 @@
 """The sampling command on the tiny base."""
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,27 @@ def test_writes_images_with_their_settings_and_a_grid(tmp_path, run, mini, base_
     assert first == "ein grüner Frosch"
     assert settings.startswith(f"Steps: 4, Sampler: DDPM, CFG scale: 2, Seed: 2, Size: 64x64, Model: {mini}, Switch: 3")
     assert Image.open(tmp_path / "00000-1.png").size == (64, 64)
+
+
+def test_writes_the_folders_of_geneval(tmp_path, run, base_unet):
+    """<folder>/00000/metadata.jsonl, a line of the prompts' file, and <folder>/00000/samples/0000.png, ..."""
+    rows = [{"tag": "single_object", "include": [{"class": c, "count": 1}], "prompt": f"a photo of a {c}"}
+            for c in ("bench", "cow")]  # fmt: skip
+    file = tmp_path / "evaluation_metadata.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--checkpoint", base_unet, "--switch", "4", "--images-per-prompt", "2"]
+    run("--geneval", str(file), *flags, "--output-dir", str(tmp_path / "geneval"))
+    for number, row in enumerate(rows):
+        folder = tmp_path / "geneval" / f"{number:05d}"
+        assert json.loads((folder / "metadata.jsonl").read_text()) == row
+        assert sorted(path.name for path in (folder / "samples").iterdir()) == ["0000.png", "0001.png"]
+    run("--prompt", rows[1]["prompt"], *flags, "--output-dir", str(tmp_path / "plain"))
+    assert pixels(tmp_path / "geneval" / "00001" / "samples", "0001.png") == pixels(tmp_path / "plain", "00000-2.png")
+    file.write_text(json.dumps(["a bench", "a cow", "a dog"]))
+    with pytest.raises(ValueError, match="--geneval .*: give evaluation_metadata.jsonl"):
+        run("--geneval", str(file), *flags, "--output-dir", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="give one of them"):
+        run("--geneval", str(file), "--prompt", "a cow", *flags)
 
 
 @pytest.mark.slow
@@ -141,7 +163,7 @@ def test_the_noise_of_an_image_depends_only_on_its_seed(tmp_path, run, base_unet
     assert pixels(tmp_path / "four", "00000-1.png") != pixels(tmp_path / "four", "00000-2.png")
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "reproduce.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "reproduce.py", "study.py"])
 def test_help_needs_no_torch(script):
     code = f"import sys; sys.argv = ['{script}', '--help']; import runpy\n"
     code += f"try: runpy.run_path('{script}', run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"

@@ -1,6 +1,7 @@
 """Optimisations for speed and memory do not change results; the cost model's predictions are right."""
 
 import copy
+import itertools
 import platform
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from recipe import filled, golden, golden_config, rnd
+from test_rewards import folders  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rewards
 import sample
@@ -70,6 +74,55 @@ def test_no_grad_steps_on_a_float32_copy_change_nothing(unet, vae):
     inference_copy = InferenceCopy(unet, unet, torch.float32)
     for ours, expected in zip(gradient_of(inference_copy, unet, vae), gradient_of(unet, unet, vae), strict=True):
         assert torch.allclose(ours, expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def operations_of(call) -> tuple[int, int]:
+    """How many operations other than views a call runs, and how many numbers it converts to another dtype."""
+    names, converted = [], 0
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            nonlocal converted
+            output = f(*args, **(kwargs or {}))
+            names.extend([str(f)] if not f.is_view and "_unsafe_view" not in str(f) else [])
+            converted += output.numel() if f is torch.ops.aten._to_copy.default else 0
+            return output
+
+    with Counter(), torch.autocast("cpu", torch.bfloat16):
+        call()
+    return len(names), converted
+
+
+def test_adapters_on_bf16_weights_take_two_operations_a_layer_and_convert_no_full_weight(unet):
+    """The frozen weights are never converted; the adapters once per update, and in calls with gradients."""
+    unet, plain = unet.bfloat16().requires_grad_(False), copy.deepcopy(unet)
+    trained = lora.add(unet, 2, generator=seeded())
+    inference_copy, frozen = (InferenceCopy(net, net, torch.bfloat16, copied=False) for net in (unet, plain))
+    x, layers = rnd("x", 2, 4, 4, 4), len(lora.adapters(unet))
+    context = {"context": TEXT["context"].bfloat16()}
+    with torch.no_grad():
+        count, converted = operations_of(lambda: inference_copy(x, 5, **context))
+        expected, inputs = operations_of(lambda: frozen(x, 5, **context))
+    assert count - expected == 2 * layers and converted == inputs
+    assert operations_of(lambda: inference_copy(x, 5, **context))[1] - inputs == sum(p.numel() for p in trained)
+
+
+def test_rounded_adapters_follow_the_optimizer(unet):
+    unet = unet.bfloat16()
+    trained = lora.add(unet, 2, generator=seeded())
+    optimizer = torch.optim.AdamW(trained, 0.1)
+    net = speed.for_training(unet, unet, optimizer, torch.bfloat16, False, True)
+    x, context = rnd("x", 2, 4, 4, 4), {"context": TEXT["context"].bfloat16()}
+    with torch.no_grad():
+        before = net(x, 5, **context)
+    net(x, 5, **context).float().square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after, expected = net(x, 5, **context), unet(x, 5, **context)
+        for layer in lora.adapters(unet).values():
+            layer.rounded = None
+        exact = unet(x, 5, **context)
+    assert torch.equal(after, expected) and torch.equal(after, exact) and not torch.equal(after, before)
 
 
 def test_the_copy_runs_only_the_no_grad_steps(unet, vae):
@@ -337,9 +390,9 @@ def test_mps_has_a_plan(capsys):
     assert "--batch-size" in capsys.readouterr().out
 
 
-def test_mps_runs_on_fake_tensors():
+def test_mps_runs_on_tensors_without_data():
     args = SimpleNamespace(method="refl", reward="mps", reward_weights=None)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with fake_tensors.ShapeMode(), torch.no_grad():
         m = cost.build_fake(args, CONFIG, SMALL_VAE)
         assert m.reward(torch.zeros(2, 3, 16, 16), ["a", "b"]).shape == (2,)
 
@@ -356,14 +409,62 @@ def test_tracked_allocations_are_those_of_the_tensors():
     assert memory.current == 0
 
 
-def test_fake_tensors_are_tracked_like_real_ones():
+def test_tensors_without_data_are_tracked_like_real_and_like_torchs_fake_ones():
     peaks = []
-    for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+    for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True), fake_tensors.ShapeMode()):
         with mode, fake_tensors.AllocationTracker() as memory:
             loss = UNet(CONFIG)(torch.zeros(4, 4, 16, 16), 5, torch.zeros(4, 5, 16)).square().mean()
             loss.backward()
         peaks.append(memory.peak)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+    assert peaks[2] == pytest.approx(peaks[0], rel=0.02)
+
+
+def operations(mode, autocast: bool) -> list[tuple]:
+    """Every operation of a forward and backward pass: its name, and shape, strides and dtype of what it returns."""
+    found = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            output = f(*args, **(kwargs or {}))
+            tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
+            found.append((str(f), [(t.shape, t.stride(), t.dtype) for t in tensors]))
+            return output
+
+    with mode, fake_tensors.norms_in_float32(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        unet, vae = UNet(CONFIG), VAE(SMALL_VAE)
+        x, context = torch.zeros(4, 4, 8, 8), torch.zeros(4, 5, 16)
+        with Recorder():
+            vae.decode(unet(x, 5, context)).float().square().mean().backward()
+    return found
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tensors_without_data_take_the_operations_of_real_ones(autocast):
+    assert operations(fake_tensors.ShapeMode(), autocast) == operations(nullcontext(), autocast)
+
+
+def test_reading_a_value_of_a_tensor_without_data_is_an_error():
+    with fake_tensors.ShapeMode():
+        x = torch.ones(3)
+        x.add_(1)
+        assert x.sum().shape == () and x[1:].shape == (2,)
+        with pytest.raises(RuntimeError, match="meta tensors"):
+            x.sum().item()
+    with pytest.raises(RuntimeError, match="within a ShapeMode only"):
+        x + 1
+
+
+def test_memory_of_any_number_of_images_from_one_micro_batch(folders):  # noqa: F811
+    """The same peaks as in micro-batches of that many images. MPS encodes one more text than there are images."""
+    args = SimpleNamespace(method="refl", reward="mps", reward_weights=str(folders["mps"]), resolution=16, lora=None)
+    memory = cost.MemoryModel(args, CONFIG, SMALL_VAE)
+    kept, peaks = memory.peak("--checkpointing decoder", (1, 2, 5))
+    assert kept == memory.between_updates + memory.text_bytes
+    for n, peak in zip((1, 2, 5), peaks, strict=True):
+        memory.IMAGES = n
+        assert kept + max(itertools.accumulate(memory.micro_batch(False, True))) == pytest.approx(peak, abs=10_000)
+    assert memory.peak("--text-on-cpu")[0] < kept - memory.text_bytes
 
 
 @pytest.mark.slow
@@ -372,9 +473,9 @@ def test_memory_with_adapters_is_a_bf16_unet_and_the_activations():
     config = replace(CONFIG, channels=(128, 128))
     args = {"method": "diffusion", "reward_weights": None, "resolution": 16}
     bf16_bytes = sum(p.nbytes for p in UNet(config).parameters()) / 2
-    (full, _), (lora_kept, one), (_, two) = (
-        cost.peak_memory(SimpleNamespace(**args, lora=rank), config, SMALL_VAE, batch, "text-on-cpu")
-        for rank, batch in ((None, 1), (1, 1), (1, 2))
+    (full, _), (lora_kept, (one, two)) = (
+        cost.MemoryModel(SimpleNamespace(**args, lora=rank), config, SMALL_VAE).peak("text-on-cpu")
+        for rank in (None, 1)
     )
     # float32 weights, gradients, two moments and the copy, instead of the frozen bf16 weights
     assert full - lora_kept == pytest.approx(8 * bf16_bytes, rel=0.03)
@@ -384,7 +485,7 @@ def test_memory_with_adapters_is_a_bf16_unet_and_the_activations():
 def test_norms_are_float32_as_on_a_gpu_also_when_recomputed():
     unet = UNet(CONFIG)
     unet.checkpointing = True
-    with FakeTensorMode(allow_non_fake_inputs=True), fake_tensors.norms_in_float32():
+    with fake_tensors.ShapeMode(), fake_tensors.norms_in_float32():
         norm = torch.nn.GroupNorm(2, 4)
         with torch.autocast("cpu", torch.bfloat16):
             assert norm(torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16)).dtype == torch.float32
@@ -397,12 +498,16 @@ def test_the_plan_names_settings_that_fit(monkeypatch, capsys):
     names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
     need = dict(zip(cost.SAVINGS, [(20, 9), (15, 3), (14, 1), (12, 1)], strict=True))  # GB: fixed, per image
 
-    def peak(args, unet, vae, batch, flags):
-        fixed, per_image = need[flags]
-        return 0, (fixed + per_image * batch) * cost.GB
+    class Memory:
+        def __init__(self, args, unet, vae):
+            pass
+
+        def peak(self, flags):
+            fixed, per_image = need[flags]
+            return 0, [(fixed + per_image * batch) * cost.GB for batch in (1, 2)]
 
     monkeypatch.setattr(cost, "flops", lambda *_: dict.fromkeys(names, 1e12))
-    monkeypatch.setattr(cost, "peak_memory", peak)
+    monkeypatch.setattr(cost, "MemoryModel", Memory)
     train.main(train.parse_args(["--base", "sd15", "--plan"]))
     out = capsys.readouterr().out
     for gigabytes, settings in {

@@ -57,7 +57,7 @@ def test_imagerefl_writes_log_weights_and_table(tmp_path, one_prompt, capsys, mo
     assert f"python sample.py --checkpoint {folder} --switch 30" in out
     table = json.loads((folder / "run.json").read_text())["table"]
     assert set(table) == {"base", "tuned", "--switch 30"}
-    assert all(set(row) == {"reward", "judge", "diversity"} for row in table.values())
+    assert all(set(row) == {"reward", "tiny2", "rater", "diversity"} for row in table.values())
     assert table["base"]["reward"] != table["tuned"]["reward"]  # the base model is a copy, not the trained UNet
     vae = loaded[0].vae
     assert not any(p.requires_grad for p in vae.parameters())

@@ -49,14 +49,14 @@ def learn_tokenizer(captions: list[str], folder: Path) -> None:
     disk.write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
 
 
-def build(vocabulary: int, vision: tuple[int, int], text: tuple[int, int]) -> CLIPModel:
-    """A CLIP for 64x64 images; `vision` and `text` are (width, layers)."""
+def build(vocabulary: int, vision: tuple[int, int], text: tuple[int, int], patch: int = 8) -> CLIPModel:
+    """A CLIP for 64x64 images; `vision` and `text` are (width, layers), `patch` is the side of a patch in pixels."""
     shared = {"hidden_act": "quick_gelu", "num_attention_heads": 4, "projection_dim": 128}
     return CLIPModel(
         CLIPConfig(
             vision_config=shared
             | {"hidden_size": vision[0], "intermediate_size": 4 * vision[0], "num_hidden_layers": vision[1]}
-            | {"image_size": 64, "patch_size": 8},
+            | {"image_size": 64, "patch_size": patch},
             text_config=shared
             | {"hidden_size": text[0], "intermediate_size": 4 * text[0], "num_hidden_layers": text[1]}
             | {"vocab_size": vocabulary, "max_position_embeddings": LENGTH}

@@ -1,84 +1,82 @@
-"""Train the two rewards of the tiny base: PickScores at tiny scale, from synthetic raters with different tastes.
+"""Train the two rewards of the tiny base: PickScores at tiny scale, two readings of what people like.
 
-    python tiny/make_rewards.py tiny     # likes the modern style and saturated colours
-    python tiny/make_rewards.py tiny2    # likes the flat style and light backgrounds
+    python tiny/make_rewards.py tiny                                              # a first round
+    python tiny/make_rewards.py tiny2 --tuned runs/refl-tiny/unet --seed 1        # another, with a tuned model's
+    python tiny/make_rewards.py tiny --updates 0 --tuned runs/refl-tiny/unet      # measure what is there
 
-There are no human votes on emoji, so a rater is a formula (`utility`): it prefers images that fit the caption, are
-undamaged, and match its taste. The larger the utility difference of two images, the larger the majority of its votes.
-A small CLIP is first trained contrastively, then with PickScore's objective: the softmax of two images' scores is the
-share of votes for each. Images are real compositions, damaged ones, and samples of the tiny base, so that fine-tuned
-models stay within the reward's training distribution.
+There are no human votes on emoji. `rater.py` knows what people like, and each reward learns it from votes about its own
+pictures, with its own architecture and seed: of two pictures for a caption, one gets sigmoid(difference of the rater's
+scores) of the votes, and the softmax of the reward's two scores is trained to be that share, as in PickScore. Pictures
+are real ones, damaged ones, and generated ones, as damaged as the rater finds them. Pictures of models that were tuned
+on an earlier reward teach the reward what it did not see.
 """
 
 import argparse
+import os
 import sys
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights
-from combined import cfg, conditional
-from refl import random_shift
-from scheduler import Scheduler, denoise, sample_noise
-from tiny.make_clip import TINY_DIR, build, normalise, tokenize, train
-from training.data import Composition, EmojiSet
+from combined import cfg, combine, combined_weights, conditional
+from scheduler import Scheduler, sample_noise
+from tiny.make_clip import TINY_DIR, build, normalise, tokenize
+from tiny.rater import BEYOND_RECOGNITION, PERFECT, Rater
+from training.emoji import EmojiSet, caption_of
 from training.presets import TINY
 from utils.device import autocast
-from utils.images import to_tensor
 
-CLEAR = 3.0  # of two images, the first gets sigmoid(CLEAR * difference in utility) of the votes
-CAPTIONS = 32  # per batch, with four images each
+HELD_OUT = 9_000_000  # seed of the pictures that measure a reward
+CONTRAST = 0.2  # weight of the contrastive loss
+OTHER_CONCEPT = 0.48  # distance of a picture to the nearest composition of another concept, the mean of 64
+STEPS, LAST = 40, 10  # sampling steps, and how many of the last a reward sees in training
 
 
 @dataclass(frozen=True)
-class Rater:
+class Reading:
+    """Architecture and seed of a reward."""
+
     seed: int
-    style: str  # preferred style
-    light: float  # weight of light backgrounds
-    colour: float  # weight of saturated colours
+    patch: int
+    vision: tuple[int, int]  # width, layers
 
 
-RATERS = {
-    "tiny": Rater(seed=2, style="modern", light=0.0, colour=1.5),
-    "tiny2": Rater(seed=3, style="flat", light=1.5, colour=0.0),
-}
+READINGS = {"tiny": Reading(2, 4, (96, 4)), "tiny2": Reading(3, 8, (128, 4))}
 
 
-@dataclass(frozen=True)
-class Example:
-    """An image (3, 64, 64) in [-1, 1], its content, and its damage: 0 none, 1 beyond recognition."""
+@dataclass
+class Pictures:
+    """N pictures and how far each is from its concept's nearest composition of each style and background."""
 
-    image: torch.Tensor
-    shows: Composition
-    damage: float
+    images: Tensor  # uint8 (N, 3, 64, 64)
+    concepts: Tensor  # int64 (N,): what the picture should show
+    distances: Tensor  # (N, 4, 8)
+    generated: Tensor  # bool (N,)
 
-
-def utility(rater: Rater, caption: str, example: Example) -> float:
-    """A synthetic rater's utility of an image for a caption. Matching the caption weighs more than taste."""
-    concept, *attributes = caption.split(", ")
-    p = example.shows
-    score = 2.0 * (p.concept == concept) - 3.0 * example.damage + 0.7 * (p.style == rater.style)
-    for phrase in attributes:
-        right = p.style in phrase if phrase.endswith("style") else p.background in phrase
-        score += 1.0 * right
-    pixels = example.image / 2 + 0.5
-    score += rater.colour * (pixels.amax(0) - pixels.amin(0)).mean().item()
-    corners = pixels[:, [0, 0, -1, -1], [0, -1, 0, -1]]
-    return score + rater.light * corners.mean().item()
+    def __add__(self, other: "Pictures") -> "Pictures":
+        return Pictures(*(torch.cat([getattr(p, f.name) for p in (self, other)]) for f in fields(self)))
 
 
-def damage(image: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, float]:
-    """Damage an image in one of eight ways; returns it and the amount."""
-    kind, much = int(rng.integers(8)), float(rng.uniform(0.15, 1.0))
+def to_bytes(image: Tensor) -> Tensor:
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_bytes(image: Tensor) -> Tensor:
+    return image.float() / 127.5 - 1
+
+
+def damage(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """An image (3, 64, 64) in [-1, 1], damaged in one of eight ways."""
+    kind, much = int(rng.integers(8)), float(rng.uniform(0.1, 1.0))
     noise = torch.from_numpy(rng.standard_normal((3, 64, 64), dtype=np.float32))
     ramp = torch.linspace(0, 1, 64)
     if kind == 0:  # blurred
@@ -108,192 +106,247 @@ def damage(image: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor,
         image = tiles.reshape(4, 4, 3, 16, 16).permute(2, 0, 3, 1, 4).reshape(3, 64, 64)
     else:  # excessive contrast, clipped
         image = image * (1 + 6 * much) + 0.5 * noise[:, :1, :1]
-        much *= 0.8
-    return image.clamp(-1, 1), much
+    return image.clamp(-1, 1)
+
+
+class RealPictures:
+    """Training pictures of the base, every other one damaged: (uint8 (3, 64, 64), index of its concept)."""
+
+    def __init__(self, count: int, seed: int):
+        self.emoji, self.count, self.seed = EmojiSet(seed=seed), count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image, concept = self.emoji[i][0], self.emoji.describe(i).concept
+        if i % 2:
+            image = damage(image, np.random.default_rng([self.seed, i, 2]))
+        return to_bytes(image), self.emoji.concepts.index(concept)
+
+
+def real_pictures(count: int, seed: int, rater: Rater) -> Pictures:
+    workers = 0 if rater.device == "cpu" else os.cpu_count()
+    images, concepts = zip(*DataLoader(RealPictures(count, seed), 256, num_workers=workers), strict=True)
+    return measured(torch.cat(images), torch.cat(concepts), rater, generated=False)
 
 
 @torch.no_grad()
-def decoded(emoji: EmojiSet, count: int, seed: int, device: str) -> list[Example]:
-    """SDEdit samples of the tiny base: real images noised to a random step and denoised, every other batch with CFG.
+def generated_pictures(tuned: list[Path], count: int, seed: int, rater: Rater, batch: int) -> Pictures:
+    """Samples of the base and of tuned models, and images predicted at one of the last steps, as training sees them.
 
-    They match their captions, which name style and background, and are slightly blurrier than real images.
+    Batches take turns: the base with guidance, then each tuned model. Two of three rounds start from real images noised
+    to t', as ImageReFL does, the third from noise, with 0, 10, 20 or 30 steps by the base. Every other round ends with
+    an image predicted at one of the last ten steps.
     """
-    unet, vae, text = (load("tiny", device) for load in (weights.load_unet, weights.load_vae, weights.load_text))
-    scheduler, examples = Scheduler(40), []
-    for at in range(0, count, 64):
-        generator = torch.Generator().manual_seed(seed + at)
-        shows = [emoji.describe(seed + at + i) for i in range(64)]
-        shows = [replace(p, caption=_full(p)) for p in shows]
-        images = torch.stack([to_tensor(emoji.draw(p)) for p in shows]).to(device)
-        start = int(torch.randint(0, 39, (), generator=generator))
-        words, empty = text([p.caption for p in shows], (64, 64)), text([""] * 64, (64, 64))
+    device, scheduler, generator = rater.device, Scheduler(STEPS), torch.Generator().manual_seed(seed)
+    base, vae, text = (load("tiny", device) for load in (weights.load_unet, weights.load_vae, weights.load_text))
+    models = [base, *(weights.load_unet(path, device) for path in tuned)]
+    emoji, images, concepts = EmojiSet(seed=seed), [], []
+    for n in range(-(-count // batch)):
+        shows = [emoji.describe(n * batch + i) for i in range(batch)]
+        model, turn = models[n % len(models)], n // len(models)
+        base_steps = STEPS if model is base else (0, 10, 20, 30)[turn % 4]
+        last = STEPS - turn % 2 * int(torch.randint(1, LAST + 1, (), generator=generator))
         with autocast(device):
-            x0 = vae.sample(images, generator)
-            x = scheduler.add_noise(x0, sample_noise(x0.shape, generator, x0.device), scheduler.timesteps[start])
-            predict = cfg(unet, words, empty, 2.0) if at % 128 else conditional(unet, words)
-            x = denoise(scheduler, predict, x, scheduler.steps[start:], generator)
-            made = vae.decode(x).float().clamp(-1, 1).cpu()
-        examples += [Example(image, p, 0.15) for image, p in zip(made, shows, strict=True)]
-    return examples
+            c, c_empty = text([p.caption for p in shows], (64, 64)), text([""] * batch, (64, 64))
+            predictors = cfg(base, c, c_empty, TINY.guidance), conditional(model, c)
+            first = 0 if turn % 3 == 2 else TINY.start
+            x = sample_noise((batch, vae.config.latent_channels, 8, 8), generator, device)
+            if first:
+                x0 = vae.sample(torch.stack([emoji[n * batch + i][0] for i in range(batch)]).to(device), generator)
+                x, base_steps = scheduler.add_noise(x0, x, scheduler.timesteps[first]), base_steps // STEPS * STEPS
+            schedule = combined_weights(STEPS, base_steps)
+            x = combine(scheduler, *predictors, schedule, x, generator, scheduler.steps[first:last])
+            if last < STEPS:
+                t = scheduler.timesteps[last]
+                x = scheduler.predict_x0(x, predictors[1](x, t), t)
+            images.append(to_bytes(vae.decode(x).float()).cpu())
+        concepts += [emoji.concepts.index(p.concept) for p in shows]
+    return measured(torch.cat(images), torch.tensor(concepts), rater, generated=True)
 
 
-def _full(p: Composition) -> str:
-    article = "an" if p.background == "orange" else "a"
-    return f"{p.concept}, {p.style} style, on {article} {p.background} background"
-
-
-def failures(folder: Path) -> list[Example]:
-    """Samples of models that exploit an earlier version of the reward, as written by `sample.py`.
-
-    They count as badly damaged, with their prompt's concept and no style.
-    """
-    examples = []
-    for path in sorted(folder.rglob("0*.png")):
-        picture = Image.open(path)
-        concept = picture.info["parameters"].split("\n")[0].split(",")[0]
-        shows = Composition(concept, "none", "none", 64, 0, 0, concept)
-        examples.append(Example(to_tensor(picture), shows, 0.8))
-    if not examples:
-        raise FileNotFoundError(f"{folder}: contains no images written by sample.py")
-    return examples
+def measured(images: Tensor, concepts: Tensor, rater: Rater, generated: bool) -> Pictures:
+    """Pictures with the rater's distances."""
+    distances = torch.empty(len(images), len(rater.styles), len(rater.backgrounds))
+    for k, concept in enumerate(rater.concepts):
+        for rows in (concepts == k).nonzero()[:, 0].split(32):
+            distances[rows] = rater.distances(from_bytes(images[rows]).to(rater.device), concept)[0].cpu()
+    return Pictures(images, concepts, distances, torch.full((len(images),), generated))
 
 
 class Votes:
-    """Batches of captions, four images each, and the rater's utilities.
+    """Batches of captions, four pictures each, and the rater's scores of them.
 
-    Two images show the caption's concept, a third does and is mostly damaged, the fourth shows it or a random one.
+    The first two pictures are generated, the others any; all were made for the caption's concept, but for a quarter of
+    the fourth ones. A caption names style and background as often as those of the training data.
     """
 
-    def __init__(self, emoji: EmojiSet, bank: list[Example], rater: Rater, seed: int):
-        self.emoji, self.bank, self.rater = emoji, bank, rater
-        self.rng = np.random.default_rng([rater.seed, seed])
-        self.by_concept = {c: [e for e in bank if e.shows.concept == c] for c in emoji.concepts}
+    def __init__(self, pictures: Pictures, rater: Rater, seed: int, device: str):
+        self.pictures = Pictures(*(getattr(pictures, f.name).to(device) for f in fields(pictures)))
+        self.rater, self.taste, self.rng = rater, rater.taste.to(device), np.random.default_rng(seed)
+        self.rows, self.generated = [], []  # of each concept
+        for k in range(len(rater.concepts)):
+            shown = pictures.concepts == k
+            self.rows.append(shown.nonzero()[:, 0].numpy())
+            self.generated.append((shown & pictures.generated).nonzero()[:, 0].numpy())
+        self.concepts = [k for k, rows in enumerate(self.generated) if len(rows)]
 
-    def example(self, concept: str | None, damage_probability: float) -> Example:
-        """An image of a concept (None: any), real or from the bank, damaged with the given probability."""
-        rng, emoji = self.rng, self.emoji
-        bank = self.by_concept[concept] if concept else self.bank
-        if bank and rng.random() < 0.5:
-            made = bank[int(rng.integers(len(bank)))]
-        else:
-            shows = emoji.describe(int(rng.integers(2**31)))
-            shows = replace(shows, concept=concept or shows.concept)
-            made = Example(to_tensor(emoji.draw(shows)), shows, 0.0)
-        if rng.random() < damage_probability:
-            image, much = damage(made.image, rng)
-            made = Example(image, made.shows, min(1.0, made.damage + much))
-        return made
+    def batch(self, count: int) -> tuple[list[str], Tensor, Tensor, Tensor]:
+        """Captions, the index of each one's concept, images (count, 4, 3, 64, 64) and scores (count, 4)."""
+        rng, rater = self.rng, self.rater
+        concepts, others = rng.choice(self.concepts, (2, count))
+        other = np.where(rng.random(count) < 0.25, others, concepts)
+        pools = [(*[self.generated[k]] * 2, self.rows[k], self.rows[o]) for k, o in zip(concepts, other, strict=True)]
+        rows = torch.tensor([[pool[rng.integers(len(pool))] for pool in four] for four in pools])
+        style = np.where(rng.random(count) < 0.5, rng.integers(len(rater.styles), size=count), -1)
+        background = np.where(rng.random(count) < 0.5, rng.integers(len(rater.backgrounds), size=count), -1)
+        captions = [
+            caption_of(rater.concepts[k], rater.styles[s] if s >= 0 else None, rater.backgrounds[b] if b >= 0 else None)
+            for k, s, b in zip(concepts, style, background, strict=True)
+        ]
+        rows, concepts, style, background = (
+            torch.as_tensor(v, device=self.taste.device) for v in (rows, concepts, style, background)
+        )
+        return captions, concepts, from_bytes(self.pictures.images[rows]), self.score(rows, concepts, style, background)
 
-    def batch(self, count: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-        """Captions, images (count, 4, 3, 64, 64) and their utilities (count, 4)."""
-        captions = [self.emoji.describe(int(self.rng.integers(2**31))).caption for _ in range(count)]
-        rows = []
-        for caption in captions:
-            concept = caption.split(", ")[0]
-            other = concept if self.rng.random() < 0.5 else None
-            wanted = ((concept, 0.1), (concept, 0.1), (concept, 0.6), (other, 0.1))
-            rows.append([self.example(*which) for which in wanted])
-        utilities = [[utility(self.rater, c, e) for e in row] for c, row in zip(captions, rows, strict=True)]
-        return captions, torch.stack([torch.stack([e.image for e in row]) for row in rows]), torch.tensor(utilities)
+    def score(self, rows: Tensor, concepts: Tensor, style: Tensor, background: Tensor) -> Tensor:
+        """The rater's scores (B, K) of pictures (B, K) for captions: concept, style and background (B,), -1 for any."""
+        styles, backgrounds = (torch.arange(n, device=rows.device) for n in self.taste.shape[1:])
+        fits_style = (style[:, None] < 0) | (style[:, None] == styles)  # (B, 4)
+        fits_background = (background[:, None] < 0) | (background[:, None] == backgrounds)  # (B, 8)
+        fits = (fits_style[:, :, None] & fits_background[:, None]).flatten(1)  # (B, 32)
+        distances = self.pictures.distances[rows].flatten(2).masked_fill(~fits[:, None], float("inf"))
+        distance, nearest = distances.min(2)
+        taste = self.taste[concepts].flatten(1)[:, None].expand_as(distances).gather(2, nearest[:, :, None])[:, :, 0]
+        right = self.pictures.concepts[rows] == concepts[:, None]
+        distance, taste = torch.where(right, distance, OTHER_CONCEPT), torch.where(right, taste, 0.0)
+        return PERFECT * (1 - distance / BEYOND_RECOGNITION) + taste
 
 
-def scores(clip: CLIPModel, tokenizer, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-    """PickScore: exp(logit_scale) times the cosine. K images (N K, 3, 64, 64) for each of N captions -> (N, K)."""
+def similarities(clip: CLIPModel, tokenizer, images: Tensor, captions: list[str]) -> Tensor:
+    """PickScores (N, M) of images (M, 3, 64, 64) for captions: exp(logit_scale) times the cosine."""
     pictures = F.normalize(clip.get_image_features(pixel_values=normalise(images)).pooler_output.float(), dim=1)
     tokens = {k: v.to(images.device) for k, v in tokenize(tokenizer, captions).items()}
     words = F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=1)
-    return clip.logit_scale.exp() * torch.einsum("nkd,nd->nk", pictures.view(len(words), -1, words.shape[1]), words)
+    return clip.logit_scale.exp() * words @ pictures.T
 
 
-def differences(values: torch.Tensor) -> torch.Tensor:
+def own(scores: Tensor) -> Tensor:
+    """Of scores (N, 4 N) those of each caption's own four pictures: (N, 4)."""
+    return scores.view(len(scores), len(scores), 4).diagonal().T
+
+
+def differences(values: Tensor) -> Tensor:
     """(N, 4) -> (N, 6): first minus second, for each pair of a row."""
     first, second = torch.triu_indices(4, 4, offset=1)
     return values[:, first] - values[:, second]
 
 
-def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, steps: int, lr: float, device: str) -> None:
-    """PickScore's objective: the softmax of two images' scores is the share of votes for each.
+def shifted(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Images moved right and down by 0 to 8 pixels, as `train.py --shift` does before scoring."""
+    down, right = torch.as_tensor(rng.integers(TINY.shift + 1, size=(2, len(images), 1)), device=images.device)
+    pixel = torch.arange(images.shape[-1], device=images.device)
+    rows, columns = (pixel - down).clamp(min=0), (pixel - right).clamp(min=0)  # (B, 64)
+    one = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[one, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
-    Images are shifted, as `train.py` does before scoring, and get a little noise.
-    """
+
+def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, count: int, updates: int, lr: float) -> None:
+    """PickScore's objective, and a contrastive one: of the `count` captions of a batch, a picture's own fits best."""
     optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    generator = torch.Generator().manual_seed(votes.rater.seed)
-    began, executor = time.time(), ThreadPoolExecutor(1)  # prepares the next batch during training
-    next_batch = executor.submit(votes.batch, CAPTIONS)
-    for step in range(steps):
-        captions, images, utilities = next_batch.result()
-        next_batch = executor.submit(votes.batch, CAPTIONS)
-        images = random_shift(images.flatten(0, 1), TINY.shift, generator).to(device)
-        images = images + torch.randn_like(images) * 0.06 * torch.rand(len(images), 1, 1, 1, device=device)
-        with autocast(device):
-            score = scores(clip, tokenizer, images, captions)
-        share = (CLEAR * differences(utilities)).sigmoid().to(device)
-        loss = F.binary_cross_entropy_with_logits(differences(score), share)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates, pct_start=0.1)
+    began = time.time()
+    for update in range(updates):
+        captions, concepts, images, wanted = votes.batch(count)
+        with autocast(images.device.type):
+            scores = similarities(clip, tokenizer, shifted(images.flatten(0, 1), votes.rng), captions)
+        share = differences(wanted).sigmoid()
+        loss = F.binary_cross_entropy_with_logits(differences(own(scores)), share)
+        first = scores.view(len(scores), len(scores), 4)[:, :, :3].flatten(1)  # the fourth may show another concept
+        match = (concepts[:, None] == concepts).float().repeat_interleave(3, 1)
+        contrast = -(match * F.log_softmax(first, 0)).sum(0) / match.sum(0)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + CONTRAST * contrast.mean()).backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 99:
-            seconds = (time.time() - began) / (step + 1)
-            minimum = (torch.special.entr(share) + torch.special.entr(1 - share)).mean()
-            print(f"votes {step + 1}: loss {loss.item():.3f} (minimum {minimum:.3f}), {seconds:.3f} s", flush=True)
+        if update % 100 == 99:
+            seconds = (time.time() - began) / (update + 1)
+            least = (torch.special.entr(share) + torch.special.entr(1 - share)).mean()
+            print(
+                f"update {update + 1}: votes {loss.item():.3f} (minimum {least:.3f}), "
+                f"contrast {contrast.mean().item():.3f}, {seconds:.3f} s",
+                flush=True,
+            )
 
 
 @torch.no_grad()
-def held_out_accuracy(clip: CLIPModel, tokenizer, votes: Votes, count: int = 512) -> dict[str, float]:
-    """Percent of held-out pairs that are ordered as by the rater, by the kind of difference.
+def held_out_accuracy(clip: CLIPModel, tokenizer, votes: Votes, count: int = 1024) -> dict[str, float]:
+    """Pairs of held-out pictures for one caption: percent ordered as by the rater, and the differences' correlation.
 
     Pairs with less than a two-thirds majority are ties and are excluded.
     """
-    kinds = ("taste", "damage", "taste or concept", "damage", "taste or concept", "damage")
-    right, seen = Counter(), Counter()
+    wanted, got = [], []
     for _ in range(count // 32):
-        captions, images, utilities = votes.batch(32)
-        predicted = scores(clip, tokenizer, images.flatten(0, 1).to(clip.device), captions).cpu()
-        gap, got = differences(utilities), differences(predicted)
-        clear = (CLEAR * gap.abs()).sigmoid() > 2 / 3
-        for column, kind in enumerate(kinds):
-            counted, agreed = clear[:, column], ((gap > 0) == (got > 0))[:, column]
-            for name in (kind, "all"):
-                seen[name] += counted.sum().item()
-                right[name] += (counted & agreed).sum().item()
-    return {name: round(100 * right[name] / seen[name], 1) for name in seen}
+        captions, _, images, scores = votes.batch(32)
+        wanted.append(differences(scores).cpu())
+        got.append(differences(own(similarities(clip, tokenizer, images.flatten(0, 1), captions))).cpu())
+    wanted, got = torch.cat(wanted), torch.cat(got)
+    result = {}
+    for name, pairs in (("generated", [0]), ("generated or real", [1, 3]), ("all", [0, 1, 2, 3, 4, 5])):
+        a, b = wanted[:, pairs].flatten(), got[:, pairs].flatten()
+        clear = a.abs().sigmoid() > 2 / 3
+        result[name] = round(100 * ((a > 0) == (b > 0))[clear].float().mean().item(), 1)
+        result[f"{name}, correlation"] = round(torch.corrcoef(torch.stack([a, b]))[0, 1].item(), 3)
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(RATERS))
-    parser.add_argument("--steps", type=int, default=1000, help="updates of contrastive training (default: 1000)")
-    parser.add_argument("--vote-steps", type=int, default=1200, help="updates on votes (default: 1200)")
-    parser.add_argument("--bank", type=int, default=1024, help="samples of the tiny base (default: 1024)")
-    parser.add_argument("--failures", type=Path, help="continue the existing reward, with these images as damaged")
+    parser.add_argument("name", choices=list(READINGS))
+    parser.add_argument("--updates", type=int, default=2000, help="0: measure only (default: 2000)")
+    parser.add_argument("--captions", type=int, default=64, help="per update, with four pictures each (default: 64)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    parser.add_argument("--pictures", type=int, default=12_288, help="of each kind: real, generated (default: 12288)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of votes and samples, 0 to 9, a new one for each round"
+        "--tuned",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="UNET",
+        help="go on from the reward that is there, with pictures of this tuned UNet too; may be given several times",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of votes and pictures, another one for each round")
+    parser.add_argument("--batch-size", type=int, default=64, help="generated pictures at once (default: 64)")
+    parser.add_argument("--output-dir", type=Path, help="default: tiny/rewards/NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    rater = RATERS[args.name]
-    torch.manual_seed(rater.seed)
+    reading = READINGS[args.name]
+    seed = 1_000_000 * reading.seed + 10_000 * args.seed
+    torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(TINY_DIR / "base" / "tokenizer")
-    folder = TINY_DIR / "rewards" / args.name
-    emoji = EmojiSet(seed=200 + rater.seed)
-    bank = decoded(emoji, args.bank, 1_000_000 * args.seed, args.device)
-    if args.failures:
+    folder = args.output_dir or TINY_DIR / "rewards" / args.name
+    rater = Rater(args.device)
+    if args.tuned or not args.updates:
         clip = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(args.device)
-        bank += failures(args.failures)
     else:
-        clip = build(len(tokenizer), (96, 4), (64, 2)).to(args.device)
-        train(clip, tokenizer, EmojiSet(seed=100 + rater.seed), args.steps, 128, 1e-3, args.device)
-    fine_tune(clip, tokenizer, Votes(emoji, bank, rater, seed=args.seed), args.vote_steps, 5e-4, args.device)
-
-    clip = clip.cpu().eval().half().float()  # the precision in which it is saved
-    held_out = Votes(emoji, decoded(emoji, 256, 10_000_000, args.device), rater, seed=10)
-    print(f"{args.name}, % of held-out pairs ordered as by the rater: {held_out_accuracy(clip, tokenizer, held_out)}")
-    clip.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        clip = build(len(tokenizer), reading.vision, (64, 2), reading.patch).to(args.device)
+    size = args.batch_size
+    if args.updates:
+        pictures = real_pictures(args.pictures, seed, rater)
+        pictures += generated_pictures(args.tuned, args.pictures, seed, rater, size)
+        votes = Votes(pictures, rater, seed, args.device)
+        fine_tune(clip, tokenizer, votes, args.captions, args.updates, args.lr)
+    clip.eval().half().float()  # the precision in which it is saved
+    held_out = real_pictures(args.pictures // 8, HELD_OUT, rater)
+    held_out += generated_pictures(args.tuned, args.pictures // 8, HELD_OUT, rater, min(size, 256))
+    accuracy = held_out_accuracy(clip, tokenizer, Votes(held_out, rater, 0, args.device))
+    print(f"{args.name}, held-out pairs ordered as by the rater, %: {accuracy}", flush=True)
+    if args.updates:
+        clip.cpu().half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

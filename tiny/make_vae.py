@@ -24,6 +24,7 @@ from training import checkpoint
 from training.data import EmojiSet
 from utils import disk
 from utils.device import autocast
+from utils.images import to_tensor
 from vae import TINY, VAE
 
 TINY_DIR = Path(__file__).parent
@@ -70,12 +71,17 @@ def decoder_loss(vae: VAE, x: torch.Tensor) -> torch.Tensor:
     return 0.1 * (y - x).square().mean((1, 2, 3)).log().mean() + (y - x).abs().mean() + 0.5 * edges
 
 
+def perfect(images: EmojiSet, i: int) -> torch.Tensor:
+    """Item i without its defects: every latent that the base can reach decodes to a crisp picture."""
+    return to_tensor(images.draw(images.describe(i)))
+
+
 @torch.no_grad()
 def evaluate(vae: VAE, seed: int, count: int, device: str) -> tuple[float, float]:
     """(mean PSNR in dB of decoded posterior means, standard deviation of unscaled latents) on new compositions."""
     images, psnr, latents = EmojiSet(seed=seed), [], []
     for start in range(0, count, 32):
-        x = torch.stack([images[i][0] for i in range(start, start + 32)]).to(device)
+        x = torch.stack([perfect(images, i) for i in range(start, start + 32)]).to(device)
         mean, _ = vae.encode(x)
         y = vae.decode(mean * vae.config.scale).clamp(-1, 1)
         psnr += (10 * torch.log10(4 / (y - x).square().mean((1, 2, 3)))).tolist()
@@ -117,7 +123,7 @@ def main() -> None:
             warm = min(1, (step + 1) / 100)
             group["lr"] = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         batch = range(step * args.batch_size, (step + 1) * args.batch_size)
-        x = torch.stack([images[i][0] for i in batch]).to(args.device)
+        x = torch.stack([perfect(images, i) for i in batch]).to(args.device)
         with autocast(args.device):
             loss, kl = (decoder_loss(vae, x), 0.0) if args.decoder else autoencoder_loss(vae, x, args.kl)
         optimizer.zero_grad(set_to_none=True)

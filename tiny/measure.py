@@ -1,4 +1,4 @@
-"""Measure the tiny base for README.md: its autoencoder, its samples with the held-out features, and its rewards.
+"""Measure the tiny base for README.md: its autoencoder, its samples with the held-out features, its rewards' scores.
 
     python tiny/measure.py
 
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import metrics
@@ -24,8 +23,7 @@ import rewards
 import weights
 from combined import combined_weights, generate
 from scheduler import Scheduler
-from tiny.make_clip import TINY_DIR
-from tiny.make_rewards import RATERS, Votes, damage, decoded, held_out_accuracy
+from tiny.make_rewards import damage
 from tiny.make_vae import evaluate as evaluate_vae
 from training import presets
 from training.data import Composition, EmojiSet
@@ -112,26 +110,14 @@ def print_scores(emoji: EmojiSet, sample: Sampler, count: int, device: str) -> N
     kinds = {"real": (images, captions)}
     kinds |= {s: (real(emoji, [replace(p, style=s) for p in shown]), concepts) for s in emoji.styles}
     kinds["base's samples"] = (sample(concepts), concepts)
-    kinds["damaged"] = (torch.stack([damage(image, rng)[0] for image in images]), captions)
+    kinds["damaged"] = (torch.stack([damage(image, rng) for image in images]), captions)
     kinds["wrong caption"] = (images, captions[1:] + captions[:1])
     kinds["noise"] = (torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1), captions)
     print("\n| reward | " + " | ".join(kinds) + " |")
-    for name in RATERS:
+    for name in presets.TINY_REWARDS:
         reward = rewards.load(name, device=device)
         means = [reward(images.to(device), captions).mean().item() for images, captions in kinds.values()]
         print(f"| `{name}` | " + " | ".join(f"{value:.2f}" for value in means) + " |")
-
-
-def print_accuracy(device: str) -> None:
-    """Print how many held-out pairs the rewards order as their raters do, without and with samples of the base."""
-    tokenizer = CLIPTokenizer.from_pretrained(TINY_DIR / "base" / "tokenizer")
-    for name, rater in RATERS.items():
-        clip = CLIPModel.from_pretrained(TINY_DIR / "rewards" / name, dtype=torch.float32).to(device)
-        emoji = EmojiSet(seed=4321)
-        for bank in ([], decoded(emoji, 256, 10_000_000, device)):
-            kinds = "real, damaged and sampled images" if bank else "real and damaged images"
-            accuracy = held_out_accuracy(clip, tokenizer, Votes(emoji, bank, rater, seed=10))
-            print(f"{name}, % of pairs of {kinds}: {accuracy}")
 
 
 def main() -> None:
@@ -145,7 +131,6 @@ def main() -> None:
     psnr, _ = evaluate_vae(sample.vae, 30_000, count, args.device)
     print(f"autoencoder on {count} new compositions, PSNR in dB: {psnr:.2f}")
     print_scores(emoji, sample, round(200 * args.share), args.device)
-    print_accuracy(args.device)
 
     def report(what: str, base: float, true: float) -> None:
         print(f"{what:58} {base:8.4f} {true:8.4f}", flush=True)

@@ -52,9 +52,11 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports, so that --help answers at once
 
 import copy
+import os
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pretrained import lora
@@ -139,15 +141,15 @@ def update_ema(run: Run, update: int) -> None:
 def encode_all(args: Namespace, vae, data) -> tuple[Tensor, list[str]]:
     """Posteriors (N, 2, C, H, W) of a data set, mean and log-variance in half precision, and its captions."""
     posteriors, captions = [], []
-    for start_index in tqdm(range(0, len(data), args.batch_size), desc="encoding", unit="batch"):
-        indices = range(len(data))[start_index : start_index + args.batch_size]
-        try:
-            images, texts = zip(*(data[i] for i in indices), strict=True)
-        except OSError as error:
-            raise ValueError(f"--cache-latents: {error}; remove it from --data, or leave out the flag") from None
-        with autocast(args.device, args.dtype):
-            posteriors.append(torch.stack(vae.encode(torch.stack(images).to(args.device)), 1).half().cpu())
-        captions += texts
+    workers = 0 if args.device == "cpu" else os.cpu_count()  # processes; a GPU encodes faster than one of them reads
+    try:
+        for images, texts in tqdm(DataLoader(data, args.batch_size, num_workers=workers), "encoding", unit="batch"):
+            with autocast(args.device, args.dtype):
+                posteriors.append(torch.stack(vae.encode(images.to(args.device)), 1).half().cpu())
+            captions += texts
+    except OSError as error:
+        reason = str(error).strip().splitlines()[-1]  # a process adds its traceback before it
+        raise ValueError(f"--cache-latents: {reason}; remove it from --data, or leave out the flag") from None
     return torch.cat(posteriors), captions
 
 

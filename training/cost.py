@@ -2,10 +2,11 @@
 
     python train.py --base sd15 --data FOLDER --plan --gpu-memory 24
 
-The networks run on fake tensors, which have shapes but no data: FLOPs are counted for each part of a step, memory is
+The networks run on tensors that have shapes but no data: FLOPs are counted for each part of a step, memory is
 tracked through one micro-batch. A multiplication and its addition are 2 FLOP.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,7 +16,6 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import rewards
@@ -29,7 +29,7 @@ from pretrained.text_encoder import CACHE_BYTES
 from refl import T_MAX, reward_loss
 from scheduler import Scheduler, diffusion_loss
 from training import presets
-from training.fake_tensors import AllocationTracker, norms_in_float32, to_bf16
+from training.fake_tensors import AllocationTracker, ShapeMode, norms_in_float32, to_bf16
 from training.options import STEPS, resolve
 from unet import UNet, UNetConfig, Upsample
 from utils import acceleration
@@ -50,7 +50,7 @@ SCHEDULER = Scheduler(STEPS, eta=1.0)
 
 @dataclass
 class FakeNetworks:
-    """The networks of a run on fake tensors. Text encoders are left out: prompt embeddings are cached."""
+    """The networks of a run on tensors without data. Text encoders are left out: prompt embeddings are cached."""
 
     unet: UNet
     vae: VAE
@@ -96,7 +96,7 @@ def text_features(network: nn.Module, batch: int) -> tuple[Tensor, ...]:
     """A reward's text features for `batch` prompts."""
     ids = torch.zeros(batch, network.length, dtype=torch.long)
     if isinstance(network, reward_networks.MPS):
-        network.condition_ids = ids[:1]
+        network.condition_ids = ids[:1].clone()
     with torch.no_grad():
         return network.encode_text(ids, torch.ones_like(ids))
 
@@ -111,12 +111,12 @@ def fake_conditioning(config: UNetConfig, batch: int, dtype: torch.dtype) -> dic
 
 
 def fake_state(network: nn.Module) -> dict[str, Tensor]:
-    """Fake float32 weights for a network on the meta device."""
+    """Float32 weights without data for a network on the meta device."""
     return {key: torch.empty(t.shape) for key, t in network.state_dict().items()}
 
 
 def build_fake(args, unet_sizes: UNetConfig, vae_sizes: VAEConfig) -> FakeNetworks:
-    """The networks of a run; call it within a FakeTensorMode."""
+    """The networks of a run; call it within a ShapeMode."""
     with torch.device("meta"):
         unet, vae = UNet(unet_sizes), VAE(vae_sizes)
     for network in (unet, vae):
@@ -137,7 +137,7 @@ def build_fake(args, unet_sizes: UNetConfig, vae_sizes: VAEConfig) -> FakeNetwor
 
 def flops(args, unet: UNetConfig, vae: VAEConfig) -> dict[str, float]:
     """FLOPs of each part of a step for one image."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with ShapeMode():
         m = build_fake(args, unet, vae)
         if args.lora:
             lora.add(fuse(m.unet), args.lora)
@@ -206,50 +206,82 @@ def text_encoder_bytes(unet: UNetConfig) -> int:
     return 2 * (123_060_480 + (694_659_840 if unet.pooled else 0)) if unet.context >= 768 else 0
 
 
-def peak_memory(args, unet: UNetConfig, vae: VAEConfig, batch: int, flags: str = "") -> tuple[float, float]:
-    """GPU bytes of a bf16 run: (between updates, peak during a micro-batch of `batch` images)."""
-    with FakeTensorMode(allow_non_fake_inputs=True), AllocationTracker() as memory, norms_in_float32():
-        m = build_fake(args, unet, vae)
-        to_bf16(m.vae)
-        fuse(m.vae)
-        for network in m.rewards:  # as `reward_networks.to_bf16` does
-            network.dtype, tower = torch.bfloat16, getattr(network, "model", network).vision_model
-            for linear in (module for module in tower.modules() if isinstance(module, nn.Linear)):
-                to_bf16(linear)
-        if args.lora:
-            to_bf16(m.unet)
-            trained, copies = lora.add(fuse(m.unet), args.lora), []
-        else:
-            trained = list(m.unet.parameters())
-            convolutions = [part.conv.weight for part in m.unet.modules() if isinstance(part, Upsample)]
-            copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in trained]  # for the no-grad steps
-            copies += [torch.empty(*w.shape[:2], 4, 4, dtype=torch.bfloat16) for w in convolutions]  # fused kernels
-        moments = [torch.empty_like(p) for p in (*trained, *trained)]
-        for p in trained:
-            p.grad = torch.empty_like(p)  # accumulated by earlier micro-batches
+class MemoryModel:
+    """GPU memory of a bf16 run, from one micro-batch on tensors without data.
+
+    It has so many images that each size divides into bytes per image and a remainder, the bytes for any number of them.
+    """
+
+    IMAGES = 2**29  # larger than any weight in bytes
+
+    def __init__(self, args, unet: UNetConfig, vae: VAEConfig):
+        self.args, self.memory, self.text_bytes = args, AllocationTracker(), text_encoder_bytes(unet) + CACHE_BYTES
+        self.traces: dict[tuple[bool, bool], list[int]] = {}  # which of UNet and decoder recompute -> events
+        with ShapeMode(), self.memory:
+            self.networks = m = build_fake(args, unet, vae)
+            to_bf16(m.vae)
+            fuse(m.vae)
+            for network in m.rewards:  # as `reward_networks.to_bf16` does
+                network.dtype, tower = torch.bfloat16, getattr(network, "model", network).vision_model
+                for linear in (module for module in tower.modules() if isinstance(module, nn.Linear)):
+                    to_bf16(linear)
+            if args.lora:
+                to_bf16(m.unet)
+                trained, self.kept = lora.add(fuse(m.unet), args.lora), []
+            else:
+                trained = list(m.unet.parameters())
+                convolutions = [part.conv.weight for part in m.unet.modules() if isinstance(part, Upsample)]
+                self.kept = [torch.empty_like(p, dtype=torch.bfloat16) for p in trained]  # for the no-grad steps
+                self.kept += [torch.empty(*w.shape[:2], 4, 4, dtype=torch.bfloat16) for w in convolutions]  # fused
+            self.kept += [torch.empty_like(p) for p in (*trained, *trained)]  # the optimizer's moments
+            for p in trained:
+                p.grad = torch.empty_like(p)  # accumulated by earlier micro-batches
+        # Only what is left counts: building went through float32 weights that a run never holds on its GPU.
+        self.between_updates = self.memory.current
+
+    def peak(self, flags: str = "", images: tuple[int, ...] = (1, 2)) -> tuple[float, list[float]]:
+        """Bytes with these flags: between updates, and the peak during a micro-batch of so many images."""
         if "text-on-cpu" in flags:
-            towers = (part for network in m.rewards for part in reward_networks.text_tower(network))
-            memory.current -= sum(p.nbytes for part in towers for p in part.parameters())
+            towers = (part for network in self.networks.rewards for part in reward_networks.text_tower(network))
+            between_updates = self.between_updates - sum(p.nbytes for part in towers for p in part.parameters())
         else:
-            memory.current += text_encoder_bytes(unet) + CACHE_BYTES
-        # Reset the peak: building the networks went through float32 weights that a run never holds on its GPU.
-        between_updates = memory.peak = memory.current
-        m.unet.checkpointing = "unet" in flags
-        m.vae.decoder.checkpointing = "decoder" in flags
-        x = torch.empty(batch, vae.latent_channels, *[args.resolution // m.vae.factor] * 2)
-        c = fake_conditioning(unet, batch, torch.bfloat16)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = 0
-            if args.method != "refl":
-                loss = diffusion_loss(m.unet(x, 226, **c), x).mean()
-            if args.method != "diffusion":
-                loss = loss + reward_loss(m.unet, m.vae, m.reward, SCHEDULER, x, 35, c, [""] * batch, None)
-        loss.backward()
-        del copies, moments
-    return between_updates, memory.peak
+            between_updates = self.between_updates + self.text_bytes
+        checkpointing = "unet" in flags, "decoder" in flags
+        if checkpointing not in self.traces:
+            self.traces[checkpointing] = self.micro_batch(*checkpointing)
+        events = self.traces[checkpointing]
+
+        def size(event: int, n: int) -> int:
+            per_image, fixed = divmod(abs(event), self.IMAGES)
+            return (per_image * n + fixed) * (1 if event > 0 else -1)
+
+        peaks = (max(itertools.accumulate(size(event, n) for event in events)) for n in images)
+        return between_updates, [between_updates + peak for peak in peaks]
+
+    def micro_batch(self, checkpoint_unet: bool, checkpoint_decoder: bool) -> list[int]:
+        """Bytes that a micro-batch allocates, and negative ones that it frees, in order."""
+        method, m, start = self.args.method, self.networks, len(self.memory.events)
+        m.unet.checkpointing, m.vae.decoder.checkpointing = checkpoint_unet, checkpoint_decoder
+        with ShapeMode(), self.memory, norms_in_float32():
+            side = self.args.resolution // m.vae.factor
+            x = torch.empty(self.IMAGES, m.vae.config.latent_channels, side, side)
+            c = fake_conditioning(m.unet.config, self.IMAGES, torch.bfloat16)
+
+            def unet(*inputs, **conditioning) -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16, enabled=not self.args.lora):  # as `InferenceCopy` does
+                    return m.unet(*inputs, **conditioning)
+
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = 0
+                if method != "refl":
+                    loss = diffusion_loss(unet(x, 226, **c), x).mean()
+                if method != "diffusion":
+                    loss = loss + reward_loss(unet, m.vae, m.reward, SCHEDULER, x, 35, c, [], None)
+            loss.backward()
+        return self.memory.events[start:]
 
 
-def best_settings(args, unet: UNetConfig, vae: VAEConfig, gigabytes: float, known: dict) -> tuple | None:
+def best_settings(args, memory: MemoryModel, gigabytes: float, known: dict) -> tuple | None:
     """(micro-batch size, flags, GB) that fit a GPU: the fewest savings that leave at least four images, if any do.
 
     The micro-batch size divides the effective batch size. `known` caches peaks by flags.
@@ -257,7 +289,7 @@ def best_settings(args, unet: UNetConfig, vae: VAEConfig, gigabytes: float, know
     images = args.batch_size * args.accumulate
     for flags in SAVINGS:
         if flags not in known:
-            known[flags] = [peak_memory(args, unet, vae, batch, flags)[1] for batch in (1, 2)]
+            known[flags] = memory.peak(flags)[1]
         one, two = known[flags]
         sizes = [n for n in range(1, images + 1) if images % n == 0]
         needs = {n: (one + (n - 1) * (two - one)) / GB + OVERHEAD_GB for n in sizes}
@@ -280,7 +312,7 @@ def print_plan(args) -> None:
 
 
 def cost_report(args, unet: UNetConfig, vae: VAEConfig) -> Iterator[str]:
-    """The lines of the plan, as they become known: memory takes minutes. `args`: resolved flags of `train.py`."""
+    """The lines of the plan, as they become known. `args`: resolved flags of `train.py`."""
     images = args.batch_size * args.accumulate
     yield f"{args.base}, {args.method}, {args.resolution} pixels, {images} images per update"
     parts = flops(args, unet, vae)
@@ -290,9 +322,9 @@ def cost_report(args, unet: UNetConfig, vae: VAEConfig) -> Iterator[str]:
     for name, value in per_image(parts, args.start).items():
         yield f"  {name:24}{value / 1e12:>10.3f}{images * value / 1e12:>12.1f}"
     yield f"\npredicted GPU memory without --compile (GB of 2^30 bytes, {OVERHEAD_GB:g} of it overhead), and settings"
-    known: dict = {}
+    known, memory = {}, MemoryModel(args, unet, vae)
     for gigabytes in [args.gpu_memory] if args.gpu_memory else GPU_MEMORY:
-        settings = best_settings(args, unet, vae, gigabytes, known)
+        settings = best_settings(args, memory, gigabytes, known)
         if settings is None:
             text = "does not fit" + ("" if args.lora else "; try --lora 16")
         else:

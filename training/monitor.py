@@ -5,8 +5,9 @@ reward rises while the held-out reward and the diversity fall: over-optimisation
 """
 
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ import metrics
 from combined import combined_weights
 from report.sweep import generate_each
 from scheduler import Scheduler
+from training.data import DataStream, PromptDataset
 from training.options import STEPS
 from unet import UNet
 from utils import acceleration
@@ -28,7 +30,7 @@ SEEDS = 4  # images per prompt that are scored
 SIGNIFICANT = 2.0  # a change is significant beyond this many standard errors
 GRID_PROMPTS = 6
 
-Scores = dict[str, Tensor]  # "reward", "judge" (the held-out reward) and "diversity", those that are measured
+Scores = dict[str, Tensor]  # "reward", each held-out reward by its name, and "diversity", those that are measured
 
 
 @contextmanager
@@ -78,12 +80,20 @@ def save_grid(run, path: Path) -> None:
     save_png(grid(rows, shown, heads), path)
 
 
+def rescaled(reward):
+    return lambda images, prompts: reward.rescale(reward(images, prompts))
+
+
 @torch.no_grad()
-def evaluate(run, base_steps: list[int]) -> list[Scores]:
-    """Scores for each number of base steps: reward and judge per image (N,), diversity per prompt (P,)."""
+def evaluate(run, base_steps: list[int], features: list[Tensor] | None = None) -> list[Scores]:
+    """Scores for each number of base steps: rewards per image (N,), diversity per prompt (P,).
+
+    `features`: a list to which the features (N, D) of each are added.
+    """
     m, count = run.models, len(base_steps)
-    scorers = {"reward": m.reward, "judge": m.judge, "diversity": m.features and (lambda images, _: m.features(images))}
-    scorers = {key: score for key, score in scorers.items() if score is not None}
+    scorers = {"reward": m.reward} | {reward.name: rescaled(reward) for reward in (m.judge.rewards if m.judge else [])}
+    if m.features:
+        scorers["diversity"] = lambda images, _: m.features(images)
     found = [{key: [] for key in scorers} for _ in range(count)]
     schedules = [combined_weights(STEPS, n) for n in base_steps]
     with samplers(run) as (base, tuned, vae):
@@ -99,8 +109,30 @@ def evaluate(run, base_steps: list[int]) -> list[Scores]:
     found = [{key: torch.cat(parts) for key, parts in scores.items()} for scores in found]
     group = [i for i in range(len(run.prompts)) for _ in range(SEEDS)]
     for scores in found if "diversity" in scorers else []:
+        if features is not None:
+            features.append(scores["diversity"])
         scores["diversity"] = metrics.group_diversity(scores["diversity"], group)
     return found
+
+
+@torch.no_grad()
+def distances(run, features: Tensor) -> dict[str, float]:
+    """FID and LogCovDist (Figure 2) of the features (N, D) of scored images to those of N images of the data.
+
+    So few images bias both, equally at every check. Empty where the data has prompts alone.
+    """
+    if isinstance(run.stream.data, PromptDataset):
+        return {}
+    if "real features" not in run.cached_images:
+        with closing(DataStream(run.stream.data, run.args.seed + 1)) as stream:
+            images, _ = stream.batch(len(features))
+        parts = images.split(2 * run.args.batch_size)
+        real = torch.cat([run.models.features(part.to(run.args.device)).float().cpu() for part in parts])
+        run.cached_images["real features"] = real
+    real = run.cached_images["real features"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # N < D
+        return {"fid": metrics.fid(features, real), "logcovdist": metrics.log_covariance_distance(features, real)}
 
 
 def summarise(found: list[Scores], names: list[str]) -> dict[str, dict]:
@@ -122,7 +154,7 @@ def layout(table: dict[str, dict[str, list[float]]]) -> str:
 
 def changes(first: Scores, now: Scores) -> dict[str, tuple[float, float]]:
     """Mean change of each score since the first check, and its standard error over prompts."""
-    return {key: metrics.paired_difference(now[key], first[key]) for key in now}
+    return {key: metrics.paired_difference(now[key], first[key]) for key in now if key in first}
 
 
 def overfits(change: dict[str, tuple[float, float]]) -> bool:
@@ -139,10 +171,14 @@ def describe(change: dict[str, tuple[float, float]]) -> str:
 
 def check(run, update: int, values: dict) -> bool:
     """Add the scores of the tuned model alone to `values`; warn and return True if it overfits."""
-    (scores,) = evaluate(run, [0])
+    features: list[Tensor] = []
+    (scores,) = evaluate(run, [0], features)
     per_prompt = {key: v.view(len(run.prompts), -1).mean(1) for key, v in scores.items()}
-    values |= {f"monitor_{key}": round(v.mean().item(), 5) for key, v in per_prompt.items()}
-    first = run.metadata.setdefault("monitor", {key: v.tolist() for key, v in per_prompt.items()})
+    far = distances(run, features[0]) if features else {}
+    measured = {key: v.mean().item() for key, v in per_prompt.items()} | far
+    values |= {f"monitor_{key}": round(v, 5) for key, v in measured.items()}
+    first = {key: v.tolist() for key, v in per_prompt.items()} | {key: [v] for key, v in far.items()}
+    first = run.metadata.setdefault("monitor", first)
     change = changes({key: torch.tensor(v) for key, v in first.items()}, per_prompt)
     warned = overfits(change)
     if warned:

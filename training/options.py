@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     add_device(add)
     add = parser.add_argument_group("monitoring").add_argument
-    add("--judge", help="held-out reward, measured but not trained on (default for tiny: tiny2)")
+    add("--judge", help="held-out rewards, measured but not trained on (default for tiny: its other ones)")
     add("--judge-weights", help="files or folders of the held-out reward, as for --reward-weights")
     add(
         "--monitor", type=positive, metavar="N",
@@ -156,8 +156,9 @@ def resolve(args: Namespace, preset: presets.Preset) -> None:
     if args.shift is None:
         args.shift = 0 if "rater" in args.reward else preset.shift  # the rater sees no places outside its world
     args.device = device.choose_device(args.device)
-    if args.judge is None and args.reward == "tiny":
-        args.judge = "tiny2"
+    if args.judge is None and preset is presets.TINY:
+        known = presets.TINY_REWARDS if args.prompts is None else presets.TINY_REWARDS[:2]  # no rater of any prompt
+        args.judge = ",".join(name for name in known if name not in args.reward.replace("=", ",").split(","))
     args.dtype = args.dtype or device.default_dtype(args.device)
     if not 0 <= args.start < STEPS:
         raise ValueError(f"--start {args.start}: must be in 0..{STEPS - 1}")

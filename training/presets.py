@@ -39,6 +39,8 @@ class Preset:
     prompts: tuple[str, ...]  # for a run's sample grids and table
 
 
+TINY_REWARDS = ("tiny", "tiny2", "rater")  # of the tiny base; the last one is the ground truth, for its own prompts
+
 TINY = Preset(
     resolution=64,
     reward="tiny",

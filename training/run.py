@@ -130,7 +130,7 @@ class Run:
         """What will be trained, on what, in which dtype, about how long, and where results go."""
         args, left = self.args, self.args.steps - self.progress["update"]
         weights = f"rank-{args.lora} adapters" if args.lora else "all weights"
-        reward = f" for reward {args.reward}" if args.reward else ""
+        reward = "" if args.method == "diffusion" else f" for reward {args.reward}"
         lines = [
             f"training:        {args.method} on {args.base}, {weights}{reward}, {left} updates of "
             f"{args.batch_size * args.accumulate} images, {args.dtype} on {args.device}"

@@ -43,21 +43,34 @@ def label(text: str, width: int, size: int = 13) -> Image.Image:
     return strip
 
 
+GAP, MARGIN = 4, 132  # of a grid, in pixels: between its pictures, and for the labels of its rows at font size 13
+
+
 def grid(
-    rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], cell: int = 128
+    rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], cell: int = 128, size: int = 13
 ) -> Image.Image:
-    """A table of pictures, `cell` pixels each, with a label before each row and above each column."""
-    gap, margin = 4, 132
+    """A table of pictures, `cell` pixels each, labels before its rows and above its columns; `size`: of the font."""
+    gap, margin = GAP, MARGIN * size // 13
     columns = max(len(row) for row in rows)
-    heads = [label(text, cell) for text in column_labels]
+    heads = [label(text, cell, size) for text in column_labels]
     top = max((head.height for head in heads), default=0)
     sheet = Image.new("RGB", (margin + columns * (cell + gap), top + len(rows) * (cell + gap)), "white")
     for x, head in enumerate(heads):
         sheet.paste(head, (margin + x * (cell + gap), top - head.height))
     for y, (row, text) in enumerate(zip(rows, row_labels, strict=True)):
-        sheet.paste(label(text, margin), (0, top + y * (cell + gap) + 4))
+        sheet.paste(label(text, margin, size), (0, top + y * (cell + gap) + 4))
         for x, picture in enumerate(row):
             up = picture.size[0] < cell
             picture = picture.resize((cell, cell), Image.Resampling.BICUBIC if up else Image.Resampling.LANCZOS)
             sheet.paste(picture, (margin + x * (cell + gap), top + y * (cell + gap)))
     return sheet
+
+
+def cells(sheet: Image.Image, cell: int = 128) -> list[list[Image.Image]]:
+    """The pictures of a `grid` with labels of the default size, row by row."""
+    step = cell + GAP
+    top = sheet.height % step  # of the heads, which are lower than a picture
+    return [
+        [sheet.crop((x, y, x + cell, y + cell)) for x in range(MARGIN, sheet.width, step)]
+        for y in range(top, sheet.height, step)
+    ]

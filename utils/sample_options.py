@@ -19,6 +19,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("what to sample").add_argument
     add("--prompt", action="append", help="a prompt; may be given several times (default: prompts of the base)")
     add("--prompts", help="prompt file: one per line, or a JSON list")
+    add(
+        "--geneval",
+        metavar="FILE",
+        help="GenEval's evaluation_metadata.jsonl; writes the folders that its scorer reads",
+    )
     add("--checkpoint", help="tuned model: a run's folder, a UNet's folder, an adapter's file, or a hub id")
     add("--base", help="tiny, sd15, sdxl, or a folder, file or hub id (default: the checkpoint's base, else tiny)")
     add(
