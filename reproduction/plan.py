@@ -131,7 +131,7 @@ def training_flags(settings: Settings, sizes: tuple[UNetConfig, VAEConfig], giga
     Raises ValueError, with what to change, if nothing fits.
     """
     args, known = train_args(settings, "imagerefl"), {}
-    found = cost.best_settings(args, *sizes, gigabytes, known)
+    found = cost.best_settings(args, cost.MemoryModel(args, *sizes), gigabytes, known)
     if found is None:
         least = min(one for one, _ in known.values()) / cost.GB + cost.OVERHEAD_GB
         remedy = (
