@@ -129,8 +129,15 @@ def log_covariance_distance(x, y) -> float:
 def spectrum(x, correction: int = 1) -> Tensor:
     """Eigenvalues (D,) of the covariance of x (N, D), largest first, clamped at 0; divides by N - correction."""
     x = as_features(x)
-    x = x - x.mean(0)
-    return eigenvalues(x.T @ x / (len(x) - correction))
+    return centred_spectrum(x - x.mean(0), len(x) - correction)
+
+
+def centred_spectrum(x: Tensor, divisor: int) -> Tensor:
+    """Eigenvalues (D,) of x' x / divisor, x (N, D); with N < D those of the smaller matrix x x', and zeros."""
+    N, D = x.shape
+    if N < D:
+        return torch.nn.functional.pad(eigenvalues(x @ x.T / divisor), (0, D - N))
+    return eigenvalues(x.T @ x / divisor)
 
 
 def spectra(metric: str, x, y, correction: int = 1) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,25 @@
-"""Reproduce the paper's claims on the tiny base: train ReFL and ImageReFL with three seeds, evaluate, compare.
+"""Reproduce the paper: its Table 1 or 3 on official weights, or its claims on the tiny base.
 
-    python reproduce.py            # an hour on two cores with bf16
-    python reproduce.py --quick    # one seed, fewer updates, prompts and points
+    python reproduce.py --base sd15 --data COCO --check    # what is there, what will be fetched, what is missing
+    python reproduce.py --base sd15 --data COCO            # train ReFL and ImageReFL, evaluate, compare with Table 1
+    python reproduce.py --base sdxl --reward pickscore --data COCO    # Table 3
+    python reproduce.py --base sd15 --data COCO --published           # the authors' weights, no training
+    python reproduce.py            # the claims on the tiny base, three seeds: an hour on two cores with bf16
 
-Run it again after an interruption: it continues. Writes `claims.md` into `runs/reproduction`, and a folder with the
-output of `evaluate.py` for each of two ways to train ImageReFL.
+Run it again after an interruption: it continues. Missing files are fetched from the hub. Writes `table.md` into
+`runs/table-BASE-REWARD`, for the tiny base `claims.md` into `runs/reproduction`.
 """
+
+import os
 
 from report.options import reproduce_args as parse_args
 
 if __name__ == "__main__":
     ARGS = parse_args(description=__doc__)  # before the slow imports, so that --help answers at once
+    if ARGS.offline:  # before huggingface_hub is imported, here and in the commands that are called
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
-import os
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +29,11 @@ import torch
 
 import evaluate
 from report.claims import SeedCurves, Suite, Variant, claims, variants
+from reproduction import check, official, plan, stages
 from training.presets import TINY
 from utils import cli, disk
 
 ROOT = Path(__file__).parent
-
-
 FULL = Suite(variants(TINY.switch, TINY.updates["refl"], TINY.updates["imagerefl"]))
 QUICK = Suite(variants(TINY.switch, 30, 60), (1,), ("--limit=32", "--sweep=switch=0,10,30,35", "--sweep=aig=1,4"))
 
@@ -84,12 +90,9 @@ def train_all(folder: Path, suite: Suite) -> dict[tuple[Variant, int], Path]:
     return runs
 
 
-def main(args) -> None:
-    """Train, evaluate, write claims.md. Raises ValueError when a run fails."""
-    suite = QUICK if args.quick else FULL
-    folder = Path(args.output_dir or f"runs/reproduction{'-quick' * args.quick}")
-    evaluate.main(evaluate.parse_args(evaluation(folder, folder / "evaluation" / "base", [], suite)))
-    runs = train_all(folder, suite)
+def report(folder: Path, suite: Suite) -> None:
+    """Evaluate all models together, and write claims.md."""
+    runs = {(v, seed): folder / f"{v.name}-{seed}" for seed in suite.seeds for v in suite.variants}
     (refl, *others), points = suite.variants, []
     for variant in others:
         models = [runs[one, seed] for one in (refl, variant) for seed in suite.seeds]
@@ -99,6 +102,47 @@ def main(args) -> None:
     text = claims(results, [SeedCurves(results, folder, seed) for seed in suite.seeds], suite.variants)
     disk.write_text(folder / "claims.md", text)
     print("\n" + text)
+
+
+def tiny_stages(folder: Path, suite: Suite) -> list[stages.Stage]:
+    """The stages of the tiny base, which comes with the code: nothing is fetched."""
+    base = folder / "evaluation" / "base"
+    names = [f"{variant.name}-{seed}" for variant in suite.variants for seed in suite.seeds]
+
+    def evaluated(*names: str) -> bool:
+        return all((folder / "evaluation" / name / "results.json").is_file() for name in names)
+
+    return [
+        stages.Stage(
+            "evaluate base",
+            lambda: evaluated("base"),
+            lambda: evaluate.main(evaluate.parse_args(evaluation(folder, base, [], suite))),
+        ),
+        stages.Stage("train, evaluate", lambda: evaluated(*names), lambda: train_all(folder, suite)),
+        stages.Stage("report", lambda: False, lambda: report(folder, suite)),
+    ]
+
+
+def main(args) -> None:
+    """Run the stages that are left, or with --check say what is missing. Raises ValueError when one fails."""
+    if args.base == "tiny":
+        folder = Path(args.output_dir or f"runs/reproduction{'-quick' * args.quick}")
+        if args.check:
+            return print("{}" if args.json else "the tiny base comes with the code: nothing is missing")
+        notes = stages.Notes(folder)
+        notes.check_settings({"quick": args.quick})
+        return stages.run(tiny_stages(folder, QUICK if args.quick else FULL), notes)
+    data = Path(args.data) if args.data else None
+    reward, flags = args.reward or "hpsv2.1", (args.published, args.quick, args.resolution, args.lora)
+    settings = plan.Settings(args.base, reward, data, *flags)
+    folder = Path(args.output_dir or official.default_folder(settings))
+    if args.check:
+        found = check.examine(settings, folder, args.gpu_memory)
+        print(json.dumps(found, indent=1) if args.json else check.text(found))
+        sys.exit(0 if found["ready"] else 2)
+    with disk.lock(folder) as lock:
+        reproduction = official.Reproduction(settings, folder, lock)
+        stages.run(reproduction.stages(), reproduction.notes)
 
 
 if __name__ == "__main__":

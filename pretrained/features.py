@@ -3,6 +3,7 @@
 Each loader returns a function `images (B, 3, H, W) in [-1, 1] -> features (B, D)` in float32, without gradients.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPModel, Dinov2Model, ViTModel
 from transformers.utils.logging import disable_progress_bar
 
+from pretrained import hub
 from pretrained.inception import load_inception
 from pretrained.preprocess import CLIP_MEAN, CLIP_STD, preprocess
 from pretrained.weight_files import all_finite, read_file
 
+DINO = "facebook/dino-vits16"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 FeatureExtractor = Callable[[Tensor], Tensor]
@@ -36,7 +40,7 @@ def inception_features(path: str | Path, device="cpu") -> FeatureExtractor:
 
 
 def is_dinov2(folder: str | Path) -> bool:
-    return AutoConfig.from_pretrained(folder).model_type == "dinov2"
+    return AutoConfig.from_pretrained(find_dino(folder)).model_type == "dinov2"
 
 
 def dino_features(folder: str | Path, norm: str = "clip", device="cpu", unit: bool = True) -> FeatureExtractor:
@@ -47,7 +51,8 @@ def dino_features(folder: str | Path, norm: str = "clip", device="cpu", unit: bo
     class token is not normalised. Raises FileNotFoundError, or ValueError for a folder of another network.
     """
     mean, std = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}[norm]
-    file = _weight_file(folder, "facebook/dino-vits16 (or facebook/dinov2-small)")
+    folder = find_dino(folder)
+    file = _weight_file(folder, f"{DINO} (or facebook/dinov2-small)")
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ("vit", "dinov2"):
         raise ValueError(f"{folder}: a {config.model_type} model, neither DINO (vit) nor DINOv2 (dinov2)")
@@ -81,8 +86,30 @@ def clip_features(folder: str | Path, device="cpu") -> FeatureExtractor:
     return features
 
 
+def find_dino(source: str | Path) -> Path:
+    """A folder of DINO: `source`, or that of a hub repository such as facebook/dino-vits16, cached or fetched.
+
+    Raises FileNotFoundError where it cannot be fetched.
+    """
+    repo = str(source)
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        return Path(source)
+
+    def choose(files: list[str]) -> list[str]:
+        return [name for name in WEIGHTS if name in files][:1] + ["config.json"]
+
+    if hub.cached(repo, *WEIGHTS) and hub.cached(repo, "config.json"):
+        return hub.cached(repo, "config.json").parent
+    try:
+        return hub.fetch(repo, choose)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{repo}: neither a folder nor in the hub's local cache, and no download: {error}"
+        ) from None
+
+
 def _weight_file(folder: str | Path, repository: str) -> Path:
-    present = [f for f in (Path(folder, n) for n in ("model.safetensors", "pytorch_model.bin")) if f.is_file()]
+    present = [f for f in (Path(folder, n) for n in WEIGHTS) if f.is_file()]
     if not present or not Path(folder, "config.json").is_file():
         need = f"download config.json and model.safetensors of the hub repository {repository} into it"
         raise FileNotFoundError(f"{folder}: holds no model; {need}")

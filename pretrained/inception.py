@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrained import hub
+from pretrained.reward_files import by_hand
 from pretrained.weight_files import all_finite, read_file
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
+DIGEST = "6726825d"  # how its SHA-256 begins
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+RELEASE = "pytorch-fid"  # in place of a path: fetch the file from its release
 
 
 class Unit(nn.Module):
@@ -169,12 +174,26 @@ class Inception(nn.Module):
         return x.mean((2, 3))
 
 
+def find_inception(source: str | Path) -> Path:
+    """The weight file: `source`, or if that is "pytorch-fid" the released one, fetched once into torch's folder.
+
+    Raises FileNotFoundError that says where to get the file.
+    """
+    if str(source) != RELEASE:
+        return Path(source)
+    place = by_hand(FILE)
+    try:
+        return hub.fetch_release(URL, place, DIGEST)
+    except OSError as error:
+        raise FileNotFoundError(f"{place}: no Inception weights; get {URL} and put it there ({error})") from None
+
+
 def load_inception(path: str | Path) -> Inception:
     """The network with the weights of pytorch-fid's file, in evaluation mode and frozen.
 
     Raises FileNotFoundError if there is no file, ValueError if its keys or shapes do not fit.
     """
-    path = Path(path)
+    path = find_inception(path)
     if not path.is_file():
         get = f"get {FILE} from release `fid_weights` of the GitHub repository mseitzer/pytorch-fid"
         raise FileNotFoundError(f"{path}: no Inception weights; {get} and put it there")

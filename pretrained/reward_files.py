@@ -1,6 +1,6 @@
 """The official files of each reward: where they come from, where they are on disk, and their tensors.
 
-Nothing is downloaded, and no pickle or archive executes code.
+What is missing is fetched from the hub, MPS apart. No pickle or archive executes code.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pretrained import mps, weight_files
+from pretrained import hub, mps, weight_files
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ OFFICIAL = {
         vocabulary=CLIP_B,
     ),
 }
+MPS_DRIVE = "https://drive.google.com/file/d/17qrK_aJkVNM75ZEvMEePpLj6L867MLkN"  # a browser or gdown gets it
 EMBEDDED = Path(__file__).parent.parent / "tiny" / "rewards"  # two tiny PickScores, part of this repository
 
 
@@ -81,36 +82,43 @@ def missing_checkpoint(name: str, place: str) -> FileNotFoundError:
     sha = f"sha256 {official.sha256}" if official.sha256 else "sha256 not published"
     fetch = f"of huggingface.co/{official.repo} (`hf download {official.repo} {official.file}`)"
     if name == "mps":
-        fetch = "from the drive that the README of github.com/Kwai-Kolors/MPS links to"
+        fetch = f"from the drive that the README of github.com/Kwai-Kolors/MPS links to ({MPS_DRIVE})"
     if name == "clipscore":
         fetch = f"that github.com/openai/CLIP loads, or the same weights by `hf download {official.repo}`"
+    default = "both in the hub's local cache" if official.repo else f"the file in {by_hand(official.file).parent}"
     return FileNotFoundError(
         f"{place}: no checkpoint of {name}; get {official.file} ({official.size}, {sha}) {fetch} and the tokenizer of "
         f"huggingface.co/{official.vocabulary}; put both into one folder and name it with --reward-weights, or leave "
-        f"both in the hub's local cache"
+        f"{default}"
     )
 
 
-def cached(repo: str, *files: str) -> Path | None:
-    """The first of `files` that is in the hub's local cache; nothing is downloaded."""
-    from huggingface_hub import try_to_load_from_cache
+def fetch(name: str, repo: str, choices: list[list[str]], extra: str = "") -> Path:
+    """Fetch the first of `choices` (lists of files) that a repository has, with `extra` if it is there; the folder.
 
-    found = (try_to_load_from_cache(repo, file) for file in files if repo)
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+    Raises OSError, in one line.
+    """
+
+    def choose(files: list[str]) -> list[str]:
+        found = next((choice for choice in choices if set(choice) <= set(files)), [])
+        return found + [extra] * bool(found and extra in files)
+
+    official = OFFICIAL[name]
+    return hub.fetch(repo, choose, known={official.file: official.sha256})
 
 
 def find_checkpoint(name: str, source: str | Path | None) -> Path:
-    """The weight file of `name`: the file `source`, or in the folder `source`, or by default in the hub's cache."""
+    """The weight file of `name`: the file `source`, or in the folder `source`, or by default in the hub's cache.
+
+    What the cache lacks is fetched. Raises FileNotFoundError that names the file and its source.
+    """
     files = ("model.safetensors", "pytorch_model.bin")
     if name == "rater":
         return EMBEDDED.parent / "data" / "emoji.png"  # what it looks images up in
     if name in OFFICIAL:  # a converted file loads faster than an official archive
         files = (files[0], OFFICIAL[name].file, files[1])
     if source is None and name in OFFICIAL:
-        path = cached(OFFICIAL[name].repo, *files)
-        if path is None:
-            raise missing_checkpoint(name, "local hub cache")
-        return path
+        return find_official(name, files)
     source = Path(source or EMBEDDED / name)
     path = source if source.is_file() else next((source / f for f in files if (source / f).is_file()), None)
     if path is None:
@@ -118,19 +126,53 @@ def find_checkpoint(name: str, source: str | Path | None) -> Path:
     return path
 
 
+def find_official(name: str, files: tuple[str, ...]) -> Path:
+    """The first of `files` of a reward in the hub's cache or fetched; MPS's where `by_hand` says."""
+    official = OFFICIAL[name]
+    if not official.repo:
+        if by_hand(official.file).is_file():
+            return by_hand(official.file)
+        raise missing_checkpoint(name, str(by_hand(official.file)))
+    path = hub.cached(official.repo, *files)
+    if path is None:
+        try:
+            fetch(name, official.repo, [[file] for file in files], "config.json")
+        except OSError as error:
+            raise FileNotFoundError(f"{missing_checkpoint(name, 'local hub cache')} ({error})") from None
+        path = hub.cached(official.repo, *files)
+    return path
+
+
+def by_hand(file: str) -> Path:
+    """Where files that are not on the hub are kept: torch's folder of downloaded weights (TORCH_HOME)."""
+    return Path(torch.hub.get_dir(), "checkpoints", file)
+
+
 def find_vocabulary(name: str, folder: Path) -> Path:
-    """The folder of the tokenizer's files: that of the weights, its `tokenizer/`, or the hub's cache."""
+    """The folder of the tokenizer's files: that of the weights, its `tokenizer/`, or the hub's cache, else fetched."""
     wanted = [["tokenizer.json"], ["vocab.txt"] if name == "imagereward" else ["vocab.json", "merges.txt"]]
     for place in (folder, folder / "tokenizer"):
         if any(all((place / file).is_file() for file in files) for files in wanted):
             return place
-    repo = OFFICIAL[name].vocabulary if name in OFFICIAL else ""
+    repo, reason = OFFICIAL[name].vocabulary if name in OFFICIAL else "", ""
     for files in wanted if repo else []:
-        if all(cached(repo, file) for file in files):
-            return cached(repo, files[0]).parent
+        if all(hub.cached(repo, file) for file in files):
+            return hub.cached(repo, files[0]).parent
+    if repo:
+        try:
+            return fetch(name, repo, wanted[::-1])
+        except OSError as error:
+            reason = f" ({error})"
+    files = " and ".join(wanted[1])
     raise FileNotFoundError(
-        f"{folder}: no vocabulary for {name}; put {' and '.join(wanted[1])} of huggingface.co/{repo or CLIP_B} there"
+        f"{folder}: no vocabulary for {name}; put {files} of huggingface.co/{repo or CLIP_B} there{reason}"
     )
+
+
+def has_sizes(folder: Path) -> bool:
+    """True if a folder has the config.json of a reward; some repositories have one of another kind."""
+    path = folder / "config.json"
+    return path.is_file() and "vision_config" in weight_files.read_json(path)
 
 
 def check_digest(name: str, path: Path) -> None:

@@ -349,7 +349,7 @@ def load(name: str, source: str | Path | None, device, dtype: torch.dtype | None
     path = reward_files.find_checkpoint(name, source)
     vocabulary = reward_files.find_vocabulary(name, path.parent)
     reward_files.check_digest(name, path)
-    config = path.parent if (path.parent / "config.json").is_file() else None
+    config = path.parent if reward_files.has_sizes(path.parent) else None
     network, words = build_meta(name, config), tokenizer(name, vocabulary)
     weights = all_finite(reward_files.read_checkpoint(name, path), path)
     load_strict(network, rename(name, weights), path)

@@ -4,6 +4,8 @@ A source is "tiny", "sd15", "sdxl", a folder (a pipeline's or a component's), a 
 the folder of one component, or the single file that contains it.
 """
 
+import fnmatch
+import functools
 import json
 import re
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from pretrained import hub
 
 BASES = {
     "tiny": str(Path(__file__).parent.parent / "tiny" / "base"),
@@ -236,11 +240,8 @@ def snapshots(repo: str) -> list[Path]:
 
 def download(repo: str, component: str) -> Path:
     """Download one component of a hub repository, and the tokenizers with a text encoder. Raises OSError on failure."""
-    from huggingface_hub import constants, snapshot_download
-
-    if constants.HF_HUB_OFFLINE:
-        raise OSError("HF_HUB_OFFLINE is set")
-    folders = ("original_unet", "fine_tuned_unet", "unet") if component in NAMES else (f"{component}*",)
+    text = ("text_encoder", "text_encoder_2") if component.startswith("text") else (component,)
+    folders = ("original_unet", "fine_tuned_unet", "unet") if component in NAMES else text
     weights = [  # full precision before half, safetensors before pickles
         (*(f"{stem}.safetensors" for stem in STEMS), "*-of-*.safetensors"),
         ("*.fp16.safetensors", "*.fp16-*.safetensors"),
@@ -250,38 +251,29 @@ def download(repo: str, component: str) -> Path:
     patterns = [f"{name}/*.json" for name in folders] + [*ADAPTERS, "adapter_config.json"]
     patterns += ["scheduler/*.json", "model_index.json"]  # say what the UNet predicts
     patterns += ["tokenizer*/*"] * component.startswith("text")
-    try:
-        for names in weights:
-            wanted = [f"{name}/{file}" for name in folders for file in names]
-            folder = Path(snapshot_download(repo, allow_patterns=patterns + wanted))
-            if is_complete(folder, component):
-                break
-        return folder
-    except Exception as error:  # noqa: BLE001 - one of many network errors; the caller says what to do instead
-        raise OSError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+    def choose(files: list[str]) -> list[str]:
+        def matching(wanted: list[str]) -> list[str]:
+            return [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in wanted)]
+
+        found = (matching([f"{name}/{file}" for name in folders for file in names]) for names in weights)
+        return matching(patterns) + next(filter(None, found), [])
+
+    return hub.fetch(repo, choose)
 
 
+@functools.cache
 def fetch_scheduler(repo: str, folder: Path) -> None:
-    """Download what says what a cached UNet predicts, if another program left it out; if that fails, say so."""
-    from huggingface_hub import snapshot_download
-
+    """Download what says what a cached UNet predicts, if another program left it out; if that fails, say so, once."""
     if (folder / "scheduler").is_dir():
         return
     try:
-        snapshot_download(repo, allow_patterns=["scheduler/*.json"], revision=folder.name)
-    except Exception as error:  # noqa: BLE001 - one of many network errors
+        if files := fnmatch.filter(hub.listing(repo, revision=folder.name), "scheduler/*.json"):
+            hub.fetch(repo, lambda _: files, revision=folder.name)
+    except OSError as error:
         reason = " ".join(str(error).split())[:80]
         message = "its scheduler/ is not in the hub's cache, and no download; it is taken to predict the noise"
         print(f"{repo}: {message} ({reason})", file=sys.stderr)
-
-
-def is_complete(folder: Path, component: str) -> bool:
-    """True if a folder contains the weights of a component."""
-    try:
-        place = find_in_folder(folder, component)
-        return place is not None and bool(weight_files(place))
-    except FileNotFoundError:
-        return False
 
 
 def find_in_hub(source: str, component: str) -> Path:

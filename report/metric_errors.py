@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metrics import (
     as_feature_pair,
+    centred_spectrum,
     eigenvalues,
     fid,
     mean_and_error,
@@ -87,12 +88,17 @@ def _leave_one_out_spectra(x: Tensor, group, blocks: int, correction: int) -> It
     """
     x = x - x.mean(0)
     block = prompt_numbers(range(len(x)) if group is None else group, x) % blocks
-    gram = x.T @ x
+    few = len(x) < x.shape[1]
+    gram = None if few else x.T @ x
     for b in block.unique():
         removed = x[block == b]
         n, total = len(x) - len(removed), removed.sum(0)  # the n remaining rows sum to -total
         if n <= correction:
             yield x.new_full(x.shape[1:], float("nan"))
+            continue
+        if few:
+            kept = x[block != b]
+            yield centred_spectrum(kept - kept.mean(0), n - correction)
             continue
         yield eigenvalues((gram - removed.T @ removed - torch.outer(total, total) / n) / (n - correction))
 

@@ -54,8 +54,11 @@ def evaluate_args(argv: list[str] | None = None, description: str | None = None)
     add = parser.add_argument_group("metrics").add_argument
     add("--rewards", help="comma-separated names (default: rater,tiny,tiny2, or hpsv2.1)")
     add("--reward-weights", help="comma-separated files or folders of the rewards, in the same order")
-    add("--dino", help="folder of DINO ViT-S/16 or DINOv2, for DinoDiversity; the tiny base has its own features")
-    add("--inception", help="pytorch-fid's weight file, for FID, CovDist and LogCovDist")
+    add(
+        "--dino",
+        help="folder or hub id of DINO (facebook/dino-vits16) or DINOv2, for DinoDiversity; the tiny base has its own",
+    )
+    add("--inception", help="pytorch-fid's weight file, or pytorch-fid to fetch it, for FID, CovDist and LogCovDist")
     add("--reference", help="real images for these three: a folder with metadata.jsonl, or COCO captions")
     add("--reading", default="ours", metavar="NAME",
         help="definition of CovDist and LogCovDist, see report/covariance_definitions.py (default: ours)")  # fmt: skip
@@ -72,9 +75,38 @@ def evaluate_args(argv: list[str] | None = None, description: str | None = None)
 def reproduce_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """The flags of reproduce.py. Exits with code 2 and one line for a flag that is unknown or has a bad value."""
     parser = Parser(description)
-    parser.add_argument("--quick", action="store_true", help="one seed, fewer updates, prompts and points")
-    parser.add_argument("--output-dir", help="default: runs/reproduction, or runs/reproduction-quick")
-    return parser.parse(argv)
+    add = parser.add_argument_group("what is reproduced").add_argument
+    add("--base", choices=("tiny", "sd15", "sdxl"), default="tiny", help="default: tiny")
+    add("--reward", choices=("hpsv2.1", "pickscore"), help="Table 1: hpsv2.1 (default); Table 3: pickscore")
+    add(
+        "--data",
+        metavar="COCO",
+        help="folder of COCO: train2014/, val2014/, annotations/; other layouts are found, too",
+    )
+    add("--published", action="store_true", help="the authors' ImageReFL instead of a training of ours")
+    add("--quick", action="store_true", help="a rehearsal: fewer updates, prompts and images; tiny: one seed")
+    add("--resolution", type=positive, help="image side in pixels (default: 512)")
+    add("--lora", type=positive, metavar="RANK", help="train adapters, for a GPU on which the whole UNet does not fit")
+    add("--output-dir", help="default: runs/reproduction, or runs/table-BASE-REWARD")
+    add = parser.add_argument_group("files and machine").add_argument
+    add("--check", action="store_true", help="say what is there, what will be fetched and what is missing, then exit")
+    add("--json", action="store_true", help="with --check: as JSON")
+    add(
+        "--gpu-memory",
+        type=number(float, 1),
+        metavar="GB",
+        help="with --check: plan for such a GPU (default: this one)",
+    )
+    add("--offline", action="store_true", help="fetch nothing, as with HF_HUB_OFFLINE=1")
+    args = parser.parse(argv)
+    official = {name: getattr(args, name) for name in ("reward", "data", "published", "resolution", "lora")}
+    if args.base == "tiny" and (given := [name for name, value in official.items() if value]):
+        parser.error(f"--{given[0]} goes with --base sd15 or sdxl")
+    if args.published and args.lora:
+        parser.error("--lora is for training, and --published trains nothing")
+    if (args.json or args.gpu_memory) and not args.check:
+        parser.error(f"--{'json' if args.json else 'gpu-memory'} goes with --check")
+    return args
 
 
 def study_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:

@@ -62,12 +62,16 @@ def fingerprint(*parts) -> str:
     return digest.hexdigest()[:8]
 
 
+def normal_form(prompt: str) -> str:
+    """A prompt without what CLIP's tokenizer ignores: case and spacing. Prompts of one form give the same images."""
+    return " ".join(unicodedata.normalize("NFC", prompt).lower().split())
+
+
 def distinct(prompts: list[str]) -> list[str]:
-    """The prompts without repeats, in order. Prompts that differ in case or spacing only are repeats: CLIP's tokenizer
-    ignores both, so they give the same images and would count as independent though they are not."""
+    """The prompts without repeats, in order; repeats would count as independent though they are not."""
     first: dict[str, str] = {}
     for prompt in prompts:
-        first.setdefault(" ".join(unicodedata.normalize("NFC", prompt).lower().split()), prompt)
+        first.setdefault(normal_form(prompt), prompt)
     return list(first.values())
 
 

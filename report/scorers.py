@@ -15,7 +15,8 @@ from torch import Tensor
 
 import rewards
 from pretrained import reward_files
-from pretrained.features import dino_features, inception_features, is_dinov2
+from pretrained.features import dino_features, find_dino, inception_features, is_dinov2
+from pretrained.inception import find_inception
 from report.covariance_definitions import definition_notes
 from report.options import name_list
 from report.points import fingerprint
@@ -85,17 +86,17 @@ def scorers_for(args, held_out_clip: Path | None, concepts: list[str]) -> tuple[
         return found, notes + definition_notes(args.reading, "the held-out CLIP's")
     if args.dino:
         scorer = feature_scorer("diversity", dino_features(args.dino, device=args.device))
-        found[f"dino.{fingerprint(Path(args.dino))}"] = scorer
+        found[f"dino.{fingerprint(find_dino(args.dino))}"] = scorer
     else:
         notes.append("No diversity: it needs --dino, a folder of facebook/dino-vits16.")
     if args.more_metrics and args.dino and args.reference and is_dinov2(args.dino):
         scorer = feature_scorer("fdd", dino_features(args.dino, "imagenet", args.device, unit=False))
-        found[f"dinov2.{fingerprint(Path(args.dino))}"] = scorer
+        found[f"dinov2.{fingerprint(find_dino(args.dino))}"] = scorer
     elif args.more_metrics:
         notes.append("No FD-DINOv2: it needs --dino with a folder of facebook/dinov2-large, and --reference.")
     if args.inception and args.reference:
         scorer = feature_scorer("fid", inception_features(args.inception, args.device))
-        found[f"inception.{fingerprint(Path(args.inception))}"] = scorer
+        found[f"inception.{fingerprint(find_inception(args.inception))}"] = scorer
         notes += definition_notes(args.reading)
     else:
         notes.append("No FID, CovDist, LogCovDist: they need --inception, pytorch-fid's weight file, and --reference.")

@@ -14,7 +14,14 @@ from training import presets
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_TO_CODE = ROOT / "docs" / "paper_to_code.md"
-OTHERS = ("docs/paper_vs_official_code.md", "docs/reliability.md", "docs/glossary.md", "docs/study.md", "README.md")
+OTHERS = (
+    "docs/paper_vs_official_code.md",
+    "docs/reliability.md",
+    "docs/glossary.md",
+    "docs/reproduction.md",
+    "docs/study.md",
+    "README.md",
+)
 DOCUMENTS = [PAPER_TO_CODE, *(ROOT / name for name in OTHERS)]
 EQUATIONS = (1, 2, 3, 4, 5)
 

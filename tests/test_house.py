@@ -22,6 +22,7 @@ LAYERS = (  # a file imports from its own layer and those before it
     ("pretrained", "speed"),
     ("report",),
     ("training",),
+    ("reproduction",),
     COMMANDS,
     ("tiny", "benchmarks", "docs"),
 )
@@ -33,6 +34,7 @@ LAZY = {  # inside a function or `if __name__`
 }
 UPWARD = {  # known exceptions, each with its reason
     ("training", "weights"): "weights.py is also the Python API of pretrained/",
+    ("reproduction", "weights"): "likewise",
 }
 
 

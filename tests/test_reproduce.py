@@ -104,3 +104,26 @@ def test_each_model_of_a_reproduction_is_trained_once_and_an_interrupted_one_is_
     places = reproduce.train_all(tmp_path, suite)
     assert calls == [("imagerefl-2", True, "1")] and evaluated == [str(tmp_path / "imagerefl-2")]
     assert sorted(path.name for path in places.values()) == names
+
+
+def test_the_tiny_base_goes_through_stages_and_continues(tmp_path, monkeypatch, capsys):
+    done, suite = [], Suite((Variant("refl", "refl", 5, 10),), seeds=(1,))
+
+    def evaluated(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text("{}")
+        done.append(folder.name)
+
+    monkeypatch.setattr(reproduce, "QUICK", suite)
+    monkeypatch.setattr(reproduce.evaluate, "main", lambda args: evaluated(Path(args.output_dir)))
+    monkeypatch.setattr(reproduce, "train_all", lambda folder, suite: evaluated(folder / "evaluation" / "refl-1"))
+    monkeypatch.setattr(reproduce, "report", lambda folder, suite: done.append("report"))
+    flags = ["--quick", "--output-dir", str(tmp_path)]
+    reproduce.main(reproduce.parse_args(flags))
+    assert done == ["base", "refl-1", "report"] and "train, evaluate    open" in capsys.readouterr().out
+    reproduce.main(reproduce.parse_args(flags))
+    assert done == ["base", "refl-1", "report", "report"] and "evaluate base      done in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds a reproduction with other flags"):
+        reproduce.main(reproduce.parse_args(flags[1:]))
+    reproduce.main(reproduce.parse_args(["--check"]))
+    assert "nothing is missing" in capsys.readouterr().out

@@ -647,7 +647,9 @@ def test_a_missing_checkpoint_says_what_to_get_and_where_it_goes(name, tmp_path)
 
 def test_missing_files_of_other_kinds_are_named(tmp_path, monkeypatch, folders):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(FileNotFoundError, match="local hub cache: no checkpoint of mps; .*Kwai-Kolors/MPS"):
+    with pytest.raises(
+        FileNotFoundError, match=r"MPS_overall_checkpoint\.pth: no checkpoint of mps; .*Kwai-Kolors/MPS"
+    ):
         rewards.load("mps")
     monkeypatch.setattr(reward_files, "EMBEDDED", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tiny2: no model\.safetensors of tiny2"):

@@ -1,13 +1,15 @@
 """Weight files as people have them: what is marked as another kind of model, EMA copies, damaged values and configs."""
 
-import fnmatch
+import contextlib
 import json
 import re
 import shutil
 from pathlib import Path
 
+import hub
 import pytest
 import torch
+from hub import COMMIT, use
 from safetensors.torch import load_file, save_file
 from test_adapter_files import CONFIGS, kohya_tensors, mini, pairs
 
@@ -136,37 +138,35 @@ def test_an_adapter_of_a_v_prediction_model_is_refused(tmp_path):
     assert "prediction_type v" in message(path, lambda source: weights.load_tuned(source, base))
 
 
-def fake_hub(monkeypatch, repository: Path) -> None:
-    """A hub with one repository: a download copies the files that match the patterns."""
-
-    def snapshot_download(repo, allow_patterns, revision=None):
-        folder = next(iter(weight_files.snapshots(repo)), repository.parent / "snapshot")
-        for path in repository.rglob("*"):
-            name = path.relative_to(repository).as_posix()
-            if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, folder / name)
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+@contextlib.contextmanager
+def served(monkeypatch, repository: Path):
+    """A stand-in for the hub with one repository, some/model."""
+    place = repository.parent / "served" / "models" / "some" / "model"
+    if not place.is_symlink():
+        place.parent.mkdir(parents=True)
+        place.symlink_to(repository)
+    with hub.serving(repository.parent / "served") as server:
+        use(server.url, repository.parent / "cache", monkeypatch)
+        yield
 
 
 def test_a_downloaded_repository_is_checked_by_its_scheduler(tmp_path, monkeypatch):
-    fake_hub(monkeypatch, pipeline(tmp_path / "repository", SD | {"prediction_type": "v_prediction"}))
-    assert "prediction_type v_prediction" in message("some/model")
+    repository = pipeline(tmp_path / "repository", SD | {"prediction_type": "v_prediction"})
+    with served(monkeypatch, repository):
+        assert "prediction_type v_prediction" in message("some/model")
 
 
 def test_a_repository_cached_without_its_scheduler_is_checked_all_the_same(tmp_path, monkeypatch, capsys):
     """ComfyUI and others download a UNet alone."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    cached = tmp_path / "cache" / "models--some--model" / "snapshots" / "abc"
+    cached = tmp_path / "cache" / "models--some--model" / "snapshots" / COMMIT
     shutil.copytree(pipeline(tmp_path / "repository", SD | {"prediction_type": "v_prediction"}), cached)
     shutil.rmtree(cached / "scheduler")
     weights.load_unet("some/model")
     assert "some/model: its scheduler/ is not in the hub's cache" in capsys.readouterr().err
-    fake_hub(monkeypatch, tmp_path / "repository")
-    assert "prediction_type v_prediction" in message("some/model")
+    weight_files.fetch_scheduler.cache_clear()
+    with served(monkeypatch, tmp_path / "repository"):
+        assert "prediction_type v_prediction" in message("some/model")
 
 
 # damaged values and configs
@@ -280,8 +280,8 @@ def test_a_hub_repository_with_only_half_precision_or_pickles_is_downloaded(endi
     path.unlink()
     path = repository / "unet" / ("diffusion_pytorch_model" + ending)
     save_file(tensors, path) if ending.endswith("safetensors") else torch.save(tensors, path)
-    fake_hub(monkeypatch, repository)
-    assert torch.equal(weights.load_unet("some/model").conv_in.weight, tensors["conv_in.weight"].float())
+    with served(monkeypatch, repository):
+        assert torch.equal(weights.load_unet("some/model").conv_in.weight, tensors["conv_in.weight"].float())
 
 
 @pytest.mark.parametrize("name", ["x.sft", "x.SAFETENSORS", "x.ckpt", "x.safetensors"])

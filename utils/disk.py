@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -74,8 +75,8 @@ def append(path: Path, line: str) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. The lock vanishes with the process, however it ends.
+def lock(folder: Path) -> Iterator[IO]:
+    """Hold a folder for this process; yields the lock's file. The lock vanishes with the process, however it ends.
 
     Raises ValueError when another process holds it.
     """
@@ -89,4 +90,4 @@ def lock(folder: Path) -> Iterator[None]:
             raise ValueError(f"{folder}: another process trains there; wait for it, or name another folder") from None
         except (ImportError, OSError):
             pass  # Windows, and some network file systems, have no such locks
-        yield
+        yield file
