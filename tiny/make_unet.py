@@ -49,7 +49,7 @@ RECIPE = (
     "--base tiny --cache-latents --batch-size 64 --lr-schedule cosine "
     "--warmup 100 --snr-gamma 5 --ema 0.999 --caption-dropout 0.1 --sample-every 1000 --save-every 500"
 )
-STAGES = {  # each starts from the weights of the one before; for the shipped base the first two saw perfect pictures only
+STAGES = {  # each starts from the one before; for the shipped base the first two saw perfect pictures only
     "unet": "--init random --lr 6e-4 --steps 8000",
     "unet-more": "--lr 3e-4 --steps 3000 --seed 1",
     "unet-mixed": "--lr 4e-4 --steps 1586 --seed 2 --batch-size 256",
