@@ -29,10 +29,15 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_the_reward_rises_by_more_than_its_standard_deviation(run):
+def test_the_rater_and_both_independent_rewards_rise_and_the_images_stay_varied(run):
+    """Base against `--switch 30`, as ImageReFL samples; 64 images, errors of a single mean."""
     table = json.loads((run / "runs" / "imagerefl-tiny" / "run.json").read_text())["table"]
-    (before, deviation), (after, _) = table["base"]["reward"], table["--switch 30"]["reward"]  # as ImageReFL samples
-    assert after - before > deviation
+    base, tuned = table["base"], table["--switch 30"]
+    assert set(base) == {"reward", "tiny", "tiny2", "diversity"}
+    for name, errors in (("reward", 3), ("tiny", 1), ("tiny2", 1)):
+        before, deviation = base[name]
+        assert tuned[name][0] - before > errors * deviation / 64**0.5, name
+    assert tuned["diversity"][0] > 0.75 * base["diversity"][0]
 
 
 def test_the_newest_run_is_sampled_with_combined_generation(run):
