@@ -3,14 +3,12 @@
 import functools
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +18,7 @@ import pytest
 import torch
 from hub import Fault, use
 from recipe import GOLDEN
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import reproduce
 from pretrained import features, hub, reward_networks
@@ -522,12 +520,6 @@ sys.argv = ["reproduce.py", *sys.argv[4:]]
 runpy.run_path(root + "/reproduce.py", run_name="__main__")
 """
 STAGES = ("check", "fetch", "train refl", "train imagerefl", "evaluate hpdv2", "evaluate coco", "report")
-MARKS = {
-    "train imagerefl": "runs/*/imagerefl/log.jsonl",
-    "evaluate hpdv2": "runs/*/points/*/*.png",
-}  # of work under way
-UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
-ALL_KILLS = bool(os.environ.get("ALL_KILLS"))  # 7 in stages and 21 at random times, which takes most of an hour
 
 
 class Chain:
@@ -559,20 +551,6 @@ class Chain:
             pass  # it had ended
         process.wait()
 
-    def is_in(self, stage: str) -> bool:
-        """Whether a stage is at work, or a later one has begun."""
-        output, later = self.output(), STAGES[STAGES.index(stage) + 1 :]
-        at_work = f"== {stage}" in output and (stage not in MARKS or any(self.work.glob(MARKS[stage])))
-        return at_work or any(f"== {name}" in output for name in later)
-
-    def kill_when(self, ready: Callable[[], bool], seconds: float = 0) -> None:
-        """Start, and kill some seconds after something is so."""
-        process = self.start()
-        while process.poll() is None and not ready():
-            time.sleep(0.05)
-        time.sleep(seconds)
-        self.kill(process)
-
     def finish(self, process: subprocess.Popen | None = None) -> str:
         """Wait for a process that was started, else continue to the end; returns the table."""
         assert (process or self.start()).wait() == 0, self.output()[-2000:]
@@ -602,28 +580,6 @@ def test_published_models_need_no_training(whole, chain_server, tmp_path):
     table = chain.finish()
     assert table.count("\n| ImageReFL | ") >= 9 and "| ReFL |" not in table and "== train" not in chain.output()
     assert f"The authors' weights, {minis.MODEL}." in table
-
-
-@pytest.mark.slow
-def test_a_chain_that_is_killed_in_its_stages_and_at_random_measures_the_same(whole, chain_server, tmp_path):
-    """Up to HPDv2's first column, with ALL_KILLS up to the table."""
-    chain, draw = Chain(tmp_path, chain_server), random.Random(1)
-    for stage in STAGES if ALL_KILLS else MARKS:
-        chain.kill_when(functools.partial(chain.is_in, stage), draw.uniform(0, 3))
-        for _ in range(3 if ALL_KILLS else 1):
-            process = chain.start()
-            time.sleep(draw.uniform(2, 25))
-            chain.kill(process)
-    table = whole.chain.finish(whole.process)
-    if ALL_KILLS:
-        assert chain.finish() == table
-    folder, first = "runs/table-sd15-hpsv2.1-quick", "hpdv2/hpsv2.1/results.json"
-    chain.kill_when((chain.work / folder / first).is_file)
-    ours, theirs = (json.loads((one.work / folder / first).read_text()) for one in (chain, whole.chain))
-    assert ours["points"] == theirs["points"]
-    for method in ("refl", "imagerefl"):
-        ours, theirs = (load_file(one.work / folder / method / UNET_FILE) for one in (chain, whole.chain))
-        assert all(torch.equal(value, ours[key]) for key, value in theirs.items())
 
 
 @pytest.mark.slow
