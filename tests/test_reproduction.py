@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hub import Fault, use
 from recipe import GOLDEN
+from safetensors.torch import save_file
 
 import reproduce
 from pretrained import features, hub, reward_networks
@@ -201,7 +201,7 @@ def test_published_sd15_takes_112_petaflop_a_row():
 def test_a_training_fits_a_gpu_or_says_what_to_change(base, fitting, monkeypatch):
     settings, sizes = Settings(base, "hpsv2.1", None), cost.PUBLISHED[base]
     memory = cost.MemoryModel(plan.train_args(settings, "imagerefl"), *sizes)
-    memory.peak = functools.cache(memory.peak)  # seconds each
+    memory.peak = functools.cache(memory.peak)  # one peak takes seconds
     monkeypatch.setattr(cost, "MemoryModel", lambda *_: memory)
     for gigabytes in fitting:
         flags, sentence = plan.training_flags(settings, sizes, gigabytes)
@@ -497,7 +497,6 @@ def test_every_key_of_an_official_reward_is_placed(name):
 
 
 def test_every_key_of_dino_is_placed(tmp_path):
-    from safetensors.torch import save_file
     from transformers import ViTConfig
 
     keys = json.loads((GOLDEN / "keys_rewards_full.json").read_text())["dino_vits16"]
@@ -521,11 +520,6 @@ sys.argv = ["reproduce.py", *sys.argv[4:]]
 runpy.run_path(root + "/reproduce.py", run_name="__main__")
 """
 STAGES = ("check", "fetch", "train refl", "train imagerefl", "evaluate hpdv2", "evaluate coco", "report")
-MARKS = {
-    "train imagerefl": "runs/*/imagerefl/log.jsonl",
-    "evaluate hpdv2": "runs/*/points/*/*.png",
-}  # of work under way
-ALL_KILLS = bool(os.environ.get("ALL_KILLS"))  # 7 in stages and 21 at random times, which takes most of an hour
 
 
 class Chain:
@@ -557,20 +551,6 @@ class Chain:
             pass  # it had ended
         process.wait()
 
-    def is_in(self, stage: str) -> bool:
-        """Whether a stage is at work, or a later one has begun."""
-        output, later = self.output(), STAGES[STAGES.index(stage) + 1 :]
-        at_work = f"== {stage}" in output and (stage not in MARKS or any(self.work.glob(MARKS[stage])))
-        return at_work or any(f"== {name}" in output for name in later)
-
-    def kill_in(self, stage: str, seconds: float) -> None:
-        """Start, and kill some seconds after a stage is at work."""
-        process = self.start()
-        while process.poll() is None and not self.is_in(stage):
-            time.sleep(0.05)
-        time.sleep(seconds)
-        self.kill(process)
-
     def finish(self, process: subprocess.Popen | None = None) -> str:
         """Wait for a process that was started, else continue to the end; returns the table."""
         assert (process or self.start()).wait() == 0, self.output()[-2000:]
@@ -600,18 +580,6 @@ def test_published_models_need_no_training(whole, chain_server, tmp_path):
     table = chain.finish()
     assert table.count("\n| ImageReFL | ") >= 9 and "| ReFL |" not in table and "== train" not in chain.output()
     assert f"The authors' weights, {minis.MODEL}." in table
-
-
-@pytest.mark.slow
-def test_a_chain_that_is_killed_in_its_stages_and_at_random_gives_the_same_table(whole, chain_server, tmp_path):
-    chain, draw = Chain(tmp_path, chain_server), random.Random(1)
-    for stage in STAGES if ALL_KILLS else MARKS:
-        chain.kill_in(stage, draw.uniform(0, 3))
-        for _ in range(3 if ALL_KILLS else 1):
-            process = chain.start()
-            time.sleep(draw.uniform(2, 25))
-            chain.kill(process)
-    assert chain.finish() == whole.chain.finish(whole.process)
 
 
 @pytest.mark.slow
