@@ -23,9 +23,8 @@ from utils.images import cells, grid, save_png
 
 FONT, CELL = 26, 128  # of the pictures, which are about 1200 pixels wide: half of it where they are seen at 600
 STAGES, COLUMNS = 4, 8  # rows and columns of Figure 1
-MONITORED = {  # key of log.jsonl -> title and better direction
+MONITORED = {  # key of log.jsonl -> title and better direction; others are held-out rewards
     "monitor_reward": ("Reward, trained on", "higher"),
-    "monitor_judge": ("Reward, held out", "higher"),
     "monitor_diversity": ("Diversity", "higher"),
     "monitor_fid": ("FID", "lower"),
     "monitor_logcovdist": ("LogCovDist", "lower"),
@@ -73,16 +72,17 @@ def along_training(run: Path) -> Image.Image:
 
 def over_training(runs: list[Path]) -> str:
     """Figure 2: what `--monitor` measured over the updates, a line per run. Raises ValueError without any."""
-    lines: dict[str, dict[str, list]] = {key: {} for key in MONITORED}
+    lines: dict[str, dict[str, list]] = {}  # key -> run -> points
     for run in runs:
         about, log = read_log(run)
-        for key in MONITORED:
+        for key in dict.fromkeys(key for row in log for key in row if key.startswith("monitor_")):
             first = about.get("monitor", {}).get(key.removeprefix("monitor_"))
             points = [(0, mean(first), None)] if first else []
             points += [(row["update"], row[key], None) for row in log if key in row]
             if len(points) > 1:
-                lines[key][run.name] = points
-    panels = [Panel(*MONITORED[key], own) for key, own in lines.items() if own]
+                lines.setdefault(key, {})[run.name] = points
+    titles = {key: (f"Reward {key.removeprefix('monitor_')}, held out", "higher") for key in lines} | MONITORED
+    panels = [Panel(*titles[key], own) for key, own in lines.items()]
     if not panels:
         raise ValueError(f"{', '.join(map(str, runs))}: nothing was monitored; train with --monitor N")
     return draw(panels, "update", "Reward, diversity and distances over training")

@@ -148,6 +148,7 @@ def table_columns(keys: Iterable[str], tiny: bool) -> list[dict]:
         "fdd": ("FD-DINOv2", "lower", 1),
     }
     fixed |= {key: (f"Reward {key}", "higher", 3) for key in rewards.NAMES if key.startswith("tiny")}
+    fixed["rater"] = ("Rater", "higher", 3)
     known = {key: fixed.get(key, (key, "higher", 2)) for key in keys}
     return [{"key": k, "title": t, "better": b, "digits": d} for k, (t, b, d) in known.items()]
 

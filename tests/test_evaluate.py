@@ -204,7 +204,7 @@ def test_checkpoints_of_one_folder_name_have_rows_of_their_own(tmp_path):
     tensors = load_file(file)
     save_file({key: 1.5 * t for key, t in tensors.items()}, file, metadata)
     results = run(tmp_path / "two", *(f"--checkpoint={folder}" for folder in folders))
-    values = {p["checkpoint"]: p["values"]["tiny"] for p in results["points"] if p["row"] and p["checkpoint"]}
+    values = {p["checkpoint"]: p["values"]["rater"] for p in results["points"] if p["row"] and p["checkpoint"]}
     assert list(values) == [str(folder) for folder in folders]
     table = (tmp_path / "two" / "table.md").read_text(encoding="utf-8")
     for folder, name in zip(folders, ("seed 1/model", "seed 2/model"), strict=True):
