@@ -164,6 +164,8 @@ def flops(args, unet: UNetConfig, vae: VAEConfig) -> dict[str, float]:
             total = count(lambda x: m.reward(x, [""]), images.requires_grad_(), backward=True)
             text = count(lambda: sum(text_features(n, 1)[0].sum() for n in m.rewards))
             parts["reward with gradients"] = total - text  # text features are cached
+        elif args.method != "diffusion":
+            parts["reward with gradients"] = 0.0  # the rater's, which has no network
     return parts
 
 
