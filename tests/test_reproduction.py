@@ -564,30 +564,9 @@ def chain_server(served):
         yield server
 
 
-@pytest.fixture(scope="module")
-def whole(served, tmp_path_factory):
-    """A chain that runs in one go, started for all tests that need it and beside them, since each uses one core."""
-    with stand_in.serving(served) as server:
-        chain = Chain(tmp_path_factory.mktemp("whole"), server)
-        process = chain.start()
-        yield SimpleNamespace(chain=chain, process=process, server=server)
-        chain.kill(process)
-
-
 @pytest.mark.slow
-def test_published_models_need_no_training(whole, chain_server, tmp_path):
+def test_published_models_need_no_training(chain_server, tmp_path):
     chain = Chain(tmp_path, chain_server, "--published")
     table = chain.finish()
     assert table.count("\n| ImageReFL | ") >= 9 and "| ReFL |" not in table and "== train" not in chain.output()
     assert f"The authors' weights, {minis.MODEL}." in table
-
-
-@pytest.mark.slow
-def test_one_command_fills_all_nine_columns(whole):
-    table = whole.chain.finish(whole.process)
-    row = r"^\| (ReFL|ReFL AIG|ReFL Combined|ImageReFL) \| (\w[\w.]*) \| -?[\d.]+ ± [\d.]+ \|"
-    rows = re.findall(row, table, re.M)
-    assert len(rows) == 36 == len(set(rows)) and "nan" not in table
-    assert all(f"\n== {stage}" in whole.chain.output() for stage in STAGES)
-    assert len(whole.server.fetched()) == 9
-    assert whole.chain.finish() == table and len(whole.server.fetched()) == 9  # a second call repeats the report alone
