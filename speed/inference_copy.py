@@ -68,6 +68,8 @@ class InferenceCopy:
         if torch.is_grad_enabled():
             self.calls = 0  # the last call of a micro-batch
             with in_own_dtype(x_t, self.unet):
+                if self.unet.conv_in.weight.dtype != torch.float32:
+                    context = context.to(self.unet.conv_in.weight.dtype)
                 return self.net(x_t, t, context=context, **conditioning)
         if self.dtype is None:
             self.calls += 1
