@@ -15,7 +15,6 @@ if __name__ == "__main__":
 import torch
 
 from baselines import baseline_loss
-from baselines.against_collapse import KLToBase, prior_loss, update_ema
 from imagerefl import REFL_EVERY, imagerefl_losses
 from refl import refl_loss
 from scheduler import Scheduler, sample_noise
@@ -38,8 +37,7 @@ def main(args) -> None:
         vae, text, reward = m.vae, m.text, m.reward
         optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
         run.restore(optimizer)
-        fast = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
-        unet = KLToBase(fast, m.base) if args.kl else fast
+        unet = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
 
         for update in run.updates(optimizer):
             is_refl = args.method == "refl" or update % REFL_EVERY == REFL_EVERY - 1  # 3 : 1
@@ -59,20 +57,12 @@ def main(args) -> None:
                         )
                         loss = k_R * l_reward + k_D * l_diffusion
                         run.log(reward=-l_reward, diffusion=l_diffusion)
-                    if args.prior:
-                        loss = loss + args.prior * prior_loss(fast, scheduler, x0, c, rng)
-                    if args.kl:
-                        loss = loss + args.kl * unet.loss()
                 (loss / args.accumulate).backward()
             if run.gradients_are_finite():  # after all-reduce and clipping
                 optimizer.step()
-                if args.ema:
-                    update_ema(m.modules["ema"], m.parameters, args.ema, update)
             optimizer.zero_grad(set_to_none=True)
 
-        if args.ema:
-            m.unet = m.modules["ema"]
-        if run.save_result(fast):
+        if run.save_result(unet):
             base_steps = run.preset.switch[method_name(args)]
             rows = {"base": STEPS, "tuned": 0, f"--switch {base_steps}": base_steps}  # name -> steps of the base model
             table = monitor.summarise(monitor.evaluate(run, list(rows.values())), list(rows))

@@ -1,4 +1,4 @@
-"""Do the paper's two ideas help other methods, which part of ImageReFL does what, and what helps against collapse?
+"""Do the paper's two ideas help other methods, and which part of ImageReFL does what?
 
     python benchmarks/ablations.py --device cuda --jobs 8 --minutes 9
     python benchmarks/ablations.py --rehearse          two updates per run, which measures nothing
@@ -92,14 +92,6 @@ GROUPS = {
     "t_f": (
         REFL,
         *(Variant(f"t_f-{n}", f"ReFL, t_f in the last {n}", ("refl",), (f"refl.T_MAX={n}",)) for n in (5, 20)),
-    ),
-    "collapse": (
-        REFL,
-        Variant("prior-1e-4", "ReFL, prior 1e-4", ("refl", "--prior", "1e-4")),
-        Variant("prior-1e-3", "ReFL, prior 1e-3", ("refl", "--prior", "1e-3")),
-        Variant("kl-1e-3", "ReFL, KL 1e-3", ("refl", "--kl", "1e-3")),
-        Variant("kl-1e-2", "ReFL, KL 1e-2", ("refl", "--kl", "1e-2")),
-        Variant("ema", "ReFL, EMA 0.95", ("refl", "--ema", "0.95")),
     ),
 }
 SET_CONSTANTS = """

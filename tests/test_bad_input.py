@@ -66,8 +66,6 @@ CASES = [
     ("train", "--start 40", "--start 40"),
     ("train", "--device nowhere", "--device nowhere"),
     ("pretrain", "--lora 2 --init random", "--lora"),
-    ("train", "--ema 1.5", "--ema"),
-    ("train", "--ema 0.9 --lora 2", "leave out --lora"),
     ("pretrain", "--lora 2 --ema 0.9", "--ema"),
     ("pretrain", "--resume {bad}/reward_run", "python train.py --resume"),
     ("train", "--resume {bad}/diffusion_run", "python tiny/pretrain.py --resume"),

@@ -121,7 +121,7 @@ def test_drtune_trains_equally_spaced_steps_and_no_input_requires_gradients(unet
     steps, stop = trained(unet), first + len(unet.calls) - 1
     assert [t for t, _ in unet.calls] == SCHEDULER.timesteps[first : stop + 1] and 30 <= stop <= 39
     assert len(steps) == min(5, stop + 1 - first)
-    assert len({b - a for a, b in zip(steps, steps[1:], strict=False)}) <= 1
+    assert len({b - a for a, b in itertools.pairwise(steps)}) <= 1
     assert not any(x.requires_grad for x in seen)
 
 
@@ -299,12 +299,12 @@ def test_the_cost_of_an_image_adds_up(flags, expected):
     "flags, copies",
     [
         pytest.param(
-            ["draft", "--gradient-steps", "2", "--lv-samples", "1", "--prior", "1", "--ema", "0.9"],
-            1,
+            ["draft", "--gradient-steps", "2", "--lv-samples", "1"],
+            0,
             marks=pytest.mark.slow,
         ),
         pytest.param(["drtune", "--from-image"], 0, marks=pytest.mark.slow),
-        (["dpo", "--kl", "1", "--ema", "0.9"], 2),
+        (["dpo"], 1),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

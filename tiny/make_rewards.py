@@ -28,6 +28,7 @@ from transformers import CLIPModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import weights
 from combined import cfg, combine, combined_weights, conditional
+from refl import random_shift
 from scheduler import Scheduler, sample_noise
 from tiny.make_clip import TINY_DIR, build, normalise, tokenize
 from tiny.rater import BEYOND_RECOGNITION, PERFECT, Rater
@@ -243,24 +244,16 @@ def differences(values: Tensor) -> Tensor:
     return values[:, first] - values[:, second]
 
 
-def shifted(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Images moved right and down by 0 to 8 pixels, as `train.py --shift` does before scoring."""
-    down, right = torch.as_tensor(rng.integers(TINY.shift + 1, size=(2, len(images), 1)), device=images.device)
-    pixel = torch.arange(images.shape[-1], device=images.device)
-    rows, columns = (pixel - down).clamp(min=0), (pixel - right).clamp(min=0)  # (B, 64)
-    one = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[one, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-
-
 def fine_tune(clip: CLIPModel, tokenizer, votes: Votes, count: int, updates: int, lr: float) -> None:
     """PickScore's objective, and a contrastive one: of the `count` captions of a batch, a picture's own fits best."""
     optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates, pct_start=0.1)
-    began = time.time()
+    generator, began = torch.Generator().manual_seed(updates), time.time()
     for update in range(updates):
         captions, concepts, images, wanted = votes.batch(count)
         with autocast(images.device.type):
-            scores = similarities(clip, tokenizer, shifted(images.flatten(0, 1), votes.rng), captions)
+            shifted = random_shift(images.flatten(0, 1), TINY.shift, generator)  # as `train.py --shift`
+            scores = similarities(clip, tokenizer, shifted, captions)
         share = differences(wanted).sigmoid()
         loss = F.binary_cross_entropy_with_logits(differences(own(scores)), share)
         first = scores.view(len(scores), len(scores), 4)[:, :, :3].flatten(1)  # the fourth may show another concept

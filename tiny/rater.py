@@ -178,15 +178,15 @@ class Rater(rewards.Reward):
     @torch.no_grad()
     def distances(self, images: Tensor, concept: str) -> tuple[Tensor, Tensor]:
         """A concept's nearest composition of each style and background: distances (B, 4, 8) of images, and its row."""
-        kinds, places, styles = len(self.backgrounds), len(self.places), len(self.styles)
+        count, places, styles = len(self.backgrounds), len(self.places), len(self.styles)
         first = self.concepts.index(concept) * styles * places
         rows = torch.arange(first, first + styles * places, device=self.device)
-        x, backgrounds = images.repeat_interleave(kinds, 0), torch.arange(kinds, device=self.device).repeat(len(images))
+        x, backgrounds = images.repeat_interleave(count, 0), torch.arange(count, device=self.device).repeat(len(images))
         squares = self.coarse_squares(x, self.colours[backgrounds], rows).view(styles, places, len(x))
         best = first + torch.arange(styles, device=self.device)[:, None] * places + squares.argmin(1)  # (4, 8 B)
         targets = self.compositions(best.flatten(), backgrounds.repeat(styles)).view(styles, *x.shape)
         distances = (targets - x).square().mean((2, 3, 4)).sqrt()  # (4, 8 B)
-        return tuple(t.view(styles, len(images), kinds).transpose(0, 1) for t in (distances, best))
+        return tuple(t.view(styles, len(images), count).transpose(0, 1) for t in (distances, best))
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         found = self.look_up(images, prompts)

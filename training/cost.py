@@ -22,7 +22,6 @@ import rewards
 import unet as unets
 import vae as vaes
 import weights
-from baselines.against_collapse import KLToBase, prior_loss
 from baselines.dpo import dpo_loss, ranked_pairs
 from baselines.draft import draft_loss
 from imagerefl import REFL_EVERY
@@ -210,20 +209,9 @@ def baseline_cost(args, parts: dict[str, float]) -> float:
 
 
 def costs_of(args, parts: dict[str, float]) -> dict[str, float]:
-    """`per_image`, and the method of the run if it is a baseline, with what --kl and --prior add."""
-    if args.method == "diffusion":  # tiny/pretrain.py, which has no such flags
-        return per_image(parts, args.start)
-    gradients = parts["UNet with gradients"]
-    if args.kl:
-        parts = parts | {"UNet with gradients": gradients + parts["UNet forward"]}
-    costs = per_image(parts, args.start)
-    if args.method in presets.BASELINES:
-        costs[args.method] = baseline_cost(args, parts)
-    if args.prior:
-        encoded = args.method == "imagerefl" or args.from_image
-        for name in costs.keys() - {"diffusion"}:
-            costs[name] += gradients + (0 if encoded else parts["encode"])
-    return costs
+    """`per_image`, and the method of the run if it is a baseline."""
+    baseline = {args.method: baseline_cost(args, parts)} if args.method in presets.BASELINES else {}
+    return per_image(parts, args.start) | baseline
 
 
 def matrix_rate(device: str) -> float:
@@ -283,8 +271,8 @@ class MemoryModel:
                 self.kept = [torch.empty_like(p, dtype=torch.bfloat16) for p in trained]  # for the no-grad steps
                 self.kept += [torch.empty(*w.shape[:2], 4, 4, dtype=torch.bfloat16) for w in convolutions]  # fused
             self.kept += [torch.empty_like(p) for p in (*trained, *trained)]  # the optimizer's moments
-            copies = (calls_base(args) and not args.lora) + (args.ema > 0)  # the base model, the average
-            self.kept += [torch.empty_like(p) for p in trained * copies]
+            if calls_base(args) and not args.lora:
+                self.kept += [torch.empty_like(p) for p in trained]  # the base model
             for p in trained:
                 p.grad = torch.empty_like(p)  # accumulated by earlier micro-batches
         # Only what is left counts: building went through float32 weights that a run never holds on its GPU.
@@ -330,12 +318,11 @@ class MemoryModel:
 
 def fake_loss(args, m: FakeNetworks, unet: Callable, x: Tensor, c: dict) -> Tensor:
     """The loss of a micro-batch, from where activations are kept on."""
-    trained, loss, x0, c0 = KLToBase(unet, unet) if args.kl else unet, 0, x, c
-    inputs = (trained, m.vae, m.reward, SCHEDULER)
+    loss, inputs = 0, (unet, m.vae, m.reward, SCHEDULER)
     if args.method == "dpo":
         x, c = torch.cat([x, x]), {key: torch.cat([t, t]) for key, t in c.items()}
     if args.method in ("diffusion", "imagerefl") or args.from_image:
-        loss = diffusion_loss(trained(x, 226, **c), x).mean()
+        loss = diffusion_loss(unet(x, 226, **c), x).mean()
     if args.method in ("refl", "imagerefl"):
         loss = loss + reward_loss(*inputs, x, 35, c, [], None)
     elif args.method in ("draft", "drtune"):
@@ -343,10 +330,8 @@ def fake_loss(args, m: FakeNetworks, unet: Callable, x: Tensor, c: dict) -> Tens
         loss = loss + draft_loss(*inputs, x, STEPS - K, c, [], None, K=K, lv_samples=args.lv_samples or 0)
     elif args.method == "dpo":
         x, _ = ranked_pairs(*inputs, x, STEPS - 1, c, [], None)
-        loss = loss + dpo_loss(trained, unet, SCHEDULER, x, c, None)
-    if args.prior:
-        loss = loss + prior_loss(unet, SCHEDULER, x0, c0, None)
-    return loss + trained.loss() if args.kl else loss
+        loss = loss + dpo_loss(unet, unet, SCHEDULER, x, c, None)
+    return loss
 
 
 def best_settings(args, memory: MemoryModel, gigabytes: float, known: dict) -> tuple | None:

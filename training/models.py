@@ -69,14 +69,12 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
         speed.shard(m.unet)
         m.parameters = list(m.unet.parameters())
     m.modules = {"unet": nn.ParameterList(m.parameters) if args.lora else m.unet}
-    if args.ema:
-        m.tuned = m.modules["ema"] = copy.deepcopy(m.unet).requires_grad_(False)
     return m
 
 
 def calls_base(args: Namespace) -> bool:
     """Whether the loss calls the base model, so that it stays on the device."""
-    return args.method == "dpo" or args.kl > 0
+    return args.method == "dpo"
 
 
 def load_frozen(args: Namespace, preset: presets.Preset | None) -> Models:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metrics
+import rewards
 from combined import combined_weights
 from report.sweep import generate_each
 from scheduler import Scheduler
@@ -81,10 +82,6 @@ def save_grid(run, path: Path) -> None:
     save_png(grid(rows, shown, heads), path)
 
 
-def rescaled(reward):
-    return lambda images, prompts: reward.rescale(reward(images, prompts))
-
-
 @torch.no_grad()
 def evaluate(run, base_steps: list[int], features: list[Tensor] | None = None) -> list[Scores]:
     """Scores for each number of base steps: rewards per image (N,), diversity per prompt (P,).
@@ -92,7 +89,8 @@ def evaluate(run, base_steps: list[int], features: list[Tensor] | None = None) -
     `features`: a list to which the features (N, D) of each are added.
     """
     m, count = run.models, len(base_steps)
-    scorers = {"reward": m.reward} | {reward.name: rescaled(reward) for reward in (m.judge.rewards if m.judge else [])}
+    held_out = m.judge.rewards if m.judge else []
+    scorers = {"reward": m.reward} | {reward.name: rewards.WeightedSum([reward], [1.0]) for reward in held_out}
     if m.features:
         scorers["diversity"] = lambda images, _: m.features(images)
     found = [{key: [] for key in scorers} for _ in range(count)]

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable
 
+import rewards
 from training import presets
 from utils.cli import Parser, number, number_range, positive
 
@@ -50,7 +51,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--dino", help="with --monitor: folder of DINO ViT-S/16 for the diversity (tiny has its own features)")
     add_saving(parser)
     add_baselines(parser)
-    add_against_collapse(parser)
     args = parser.parse(argv)
     args.given = parser.given(argv)
     return args
@@ -95,7 +95,7 @@ def add_method(parser: Parser) -> None:
     add("--start", type=int, metavar="I", help="step index of t', of 40 (default: 30, SDXL 35)")
     add(
         "--shift", type=number(int, 0), metavar="PIXELS",
-        help="shift images by up to this many pixels before the reward scores them (default: 0, tiny 8)",
+        help="shift images by up to this many pixels before the reward scores them (default: 0; tiny 8, its rater 0)",
     )  # fmt: skip
     add("--resolution", type=positive, help="image side in pixels (default: 512, tiny 64)")
     add("--lora", type=positive, metavar="RANK", help="train low-rank adapters instead of the whole UNet")
@@ -171,15 +171,6 @@ def add_saving(parser: Parser) -> None:
     add("--override", action="store_true", help="with --resume: use this call's flags although they change the result")
 
 
-def add_against_collapse(parser: Parser) -> None:
-    add = parser.add_argument_group(
-        "against collapse (not in the paper)", "additions to any method, see baselines/against_collapse.py"
-    ).add_argument
-    add("--prior", type=number(float, 0), default=0.0, metavar="WEIGHT", help="diffusion loss on real images at all t")
-    add("--kl", type=number(float, 0), default=0.0, metavar="WEIGHT", help="squared distance to the base's prediction")
-    add("--ema", type=number(float, 0, 1), default=0.0, metavar="DECAY", help="save a moving average of the weights")
-
-
 def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
     """Fill in defaults of the baselines' flags, in place. Raises ValueError for those of another method."""
     flags = {"draft": ("from_image", "gradient_steps", "lv_samples"), "drtune": ("from_image", "gradient_steps")}
@@ -202,6 +193,7 @@ def resolve(args: Namespace, preset: presets.Preset) -> None:
     own_captions = args.data is None and args.prompts is None
     known = presets.TINY_REWARDS if own_captions else presets.TINY_REWARDS[1:]  # the rater knows no other captions
     args.reward = args.reward or (known[0] if preset is presets.TINY else preset.reward)
+    trained = dict(rewards.parse(args.reward))
     if args.method != "diffusion":  # tiny/pretrain.py
         resolve_baseline(args, preset)
     args.steps = args.steps or preset.updates[args.method]
@@ -211,10 +203,10 @@ def resolve(args: Namespace, preset: presets.Preset) -> None:
     args.start = preset.start if args.start is None else args.start
     args.resolution = args.resolution or preset.resolution
     if args.shift is None:
-        args.shift = 0 if "rater" in args.reward else preset.shift  # the rater sees no places outside its world
+        args.shift = 0 if "rater" in trained else preset.shift  # the rater sees no places outside its world
     args.device = device.choose_device(args.device)
     if args.judge is None and preset is presets.TINY:
-        args.judge = ",".join(name for name in known if name not in args.reward.replace("=", ",").split(","))
+        args.judge = ",".join(name for name in known if name not in trained)
     args.dtype = args.dtype or device.default_dtype(args.device)
     if not 0 <= args.start < STEPS:
         raise ValueError(f"--start {args.start}: must be in 0..{STEPS - 1}")
@@ -227,8 +219,6 @@ def resolve(args: Namespace, preset: presets.Preset) -> None:
     for flag in ("lora", "compile", "plan"):
         if args.shard and getattr(args, flag):
             raise ValueError(f"--{flag} cannot be combined with --shard; leave out one of them")
-    if args.method != "diffusion" and args.ema and (args.lora or args.shard):
-        raise ValueError(f"--ema averages a whole UNet; leave out --{'lora' if args.lora else 'shard'}")
     if args.shard and distributed.world_size == 1:
         raise ValueError("--shard spreads the weights over processes: torchrun --nproc-per-node N train.py ... --shard")
     distributed.check_divisible(args.batch_size, args.accumulate)

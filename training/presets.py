@@ -52,7 +52,7 @@ def switches(refl: int, imagerefl: int) -> dict[str, int]:
 
 TINY = Preset(
     resolution=64,
-    reward="rater",
+    reward=TINY_REWARDS[0],
     guidance=2.0,
     switch=switches(refl=10, imagerefl=30),
     start=30,

@@ -77,7 +77,7 @@ def data_of(args: Namespace):
 
 
 def needs_images(args: Namespace) -> bool:
-    return args.method in ("diffusion", "imagerefl") or args.from_image or args.prior > 0
+    return args.method in ("diffusion", "imagerefl") or args.from_image
 
 
 class Run:
