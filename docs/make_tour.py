@@ -2,12 +2,11 @@
 
     python docs/make_tour.py
 
-The text is docs/tour/template.md. There `{name}` is a measured value, and a line `@code FILE NAME [FROM .. TO]` the code
-of a function, or its lines from the one that contains FROM to the one that contains TO. Pictures go to docs/tour/.
+The text is docs/tour/template.md. There `{name}` is a measured value, and a line `@code FILE NAME [FROM .. TO]` the
+code of a function, or its lines from the one that contains FROM to the one that contains TO. Pictures go to docs/tour/.
 """
 
 import ast
-import re
 import shlex
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from utils import disk
 from utils.images import grid, save_png, to_pil
 
 TOUR = ROOT / "docs" / "tour"
-SEED, IMAGES, BASE_STEPS = 3, 4, 30
+SEED, IMAGES, BASE_STEPS = 6, 4, 30
 
 
 class TracedScheduler(sched.Scheduler):
@@ -87,7 +86,7 @@ def imagerefl_update(run, unet, args, optimizer) -> dict:
         ((t_f, x_t_f, predicted),) = scheduler.predicted
         g_reward = norms(args.reward_scale * l_reward, m.parameters)
         g_diffusion = norms(args.diffusion_scale * l_diffusion, m.parameters)
-        rows = {"real image x0": x0, "x_t at t', step 30": scheduler.noised[0], f"x_t at t_f, step {t_f}": x_t_f}
+        rows = {"real image": x0, "x_t at t', step 30": scheduler.noised[0], f"x_t at t_f, step {t_f}": x_t_f}
         picture("imagerefl", m.vae, rows | {"predicted x0": predicted}, prompts)
         values |= {"prompts": ", ".join(f'"{p}"' for p in prompts), "x0_shape": tuple(x0.shape), "t_f": t_f}
         values |= {"context_shape": tuple(c["context"].shape), "x0_std": x0.std().item(), "steps_before": t_f - 30}
@@ -167,11 +166,11 @@ def measure() -> dict:
             unet = accelerate(args, run.models, optimizer)
             values = imagerefl_update(run, unet, args, optimizer) | refl_update(run, unet, args)
     abar_30 = sched.Scheduler(40).abar[226].item()
-    return values | sampling() | {"schedule": schedule_table(), "abar_30": abar_30}
+    return values | sampling() | {"schedule": schedule_table(), "abar_30": abar_30, "seed": SEED, "images": IMAGES}
 
 
 def excerpt(file: str, name: str, first: str = "", last: str = "") -> str:
-    """The code of `name` in a file without its docstring, whole or between two lines. Raises ValueError if not found."""
+    """The code of `name` in a file without its docstring, whole or in part. Raises ValueError if it is not there."""
     text = (ROOT / file).read_text(encoding="utf-8")
     body, lines = ast.parse(text).body, text.splitlines()
     for part in name.split("."):
