@@ -57,7 +57,7 @@ def steps_diagram() -> str:
     parts, marks = [], [0, 10, 20, 30, STEPS - 1]
     counts = {
         "step index": lambda i: i,
-        "countdown (T')": lambda i: STEPS - i,
+        "countdown": lambda i: STEPS - i,
         "timestep": SCHEDULER.timesteps.__getitem__,
     }
     for row, (name, count) in enumerate(counts.items()):
@@ -67,7 +67,7 @@ def steps_diagram() -> str:
     parts += [
         f'<line class="faint" x1="{LEFT + CELL * i}" x2="{LEFT + CELL * i}" y1="{top}" y2="{end}"/>'
         for i in (10, 20, 30)
-        for top, end in ((92, 152), (208, 306))
+        for top, end in ((92, 152 if i == 30 else 120), (208, 306))
     ]
 
     y = 84
@@ -107,6 +107,7 @@ def steps_diagram() -> str:
             parts += [cells(top, i, i, BASE, 1 - w), cells(top, i, i, TUNED, w)]
     for name, first, last in (("T' = 10", 30, STEPS), ("T' = 30", 10, STEPS)):
         row = 0 if first == 30 else 1
+        parts.append(box(LEFT + CELL * (first + last) / 2 - 26, y + 13 + 30 * row, 52, 18, TUNED))
         parts.append(text(LEFT + CELL * (first + last) / 2, y + 27 + 30 * row, name, "on", "middle"))
 
     y = 330

@@ -18,11 +18,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import imagerefl
+import metrics
 import refl
 import rewards
 import scheduler as sched
 import weights
 from combined import cfg, combine, combined_weights, conditional, initial_noise
+from pretrained.features import clip_features
 from train import ADAM_EPS
 from training import presets
 from training.models import accelerate
@@ -32,7 +34,7 @@ from utils import disk
 from utils.images import grid, save_png, to_pil
 
 TOUR = ROOT / "docs" / "tour"
-SEED, IMAGES, BASE_STEPS = 6, 4, 30
+SEED, IMAGES, BASE_STEPS = 15, 4, 30
 
 
 class TracedScheduler(sched.Scheduler):
@@ -66,7 +68,17 @@ def picture(name: str, vae, rows: dict[str, torch.Tensor], heads: list[str], cel
     save_png(grid([decoded(vae, latents) for latents in rows.values()], list(rows), heads, cell), TOUR / f"{name}.png")
 
 
-def norms(loss: torch.Tensor, parameters: list) -> torch.Tensor:
+def counted(unet, calls: list):
+    """The UNet, noting for each call whether it has gradients."""
+
+    def call(*x, **c):
+        calls.append(torch.is_grad_enabled())
+        return unet(*x, **c)
+
+    return call
+
+
+def gradient(loss: torch.Tensor, parameters: list) -> torch.Tensor:
     """The gradient of a loss, as one vector."""
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
 
@@ -78,18 +90,20 @@ def imagerefl_update(run, unet, args, optimizer) -> dict:
         scheduler = TracedScheduler()
         x0, prompts, rng = next(run.micro_batches(0))
         c = m.text(prompts, run.size)
-        given = (unet, m.vae, m.reward, scheduler, x0, args.start, c, prompts, rng, args.shift)
+        calls = []
+        given = (counted(unet, calls), m.vae, m.reward, scheduler, x0, args.start, c, prompts, rng, args.shift)
         l_reward, l_diffusion = imagerefl.imagerefl_losses(*given)
         scores = [-l_reward.item(), l_diffusion.item()]
         if after:
             return values | {"reward_after": scores[0], "diffusion_after": scores[1]}
         ((t_f, x_t_f, predicted),) = scheduler.predicted
-        g_reward = norms(args.reward_scale * l_reward, m.parameters)
-        g_diffusion = norms(args.diffusion_scale * l_diffusion, m.parameters)
-        rows = {"real image": x0, "x_t at t', step 30": scheduler.noised[0], f"x_t at t_f, step {t_f}": x_t_f}
+        g_reward = gradient(args.reward_scale * l_reward, m.parameters)
+        g_diffusion = gradient(args.diffusion_scale * l_diffusion, m.parameters)
+        rows = {"real image": x0, "x_t at t'": scheduler.noised[0], "x_t at t_f": x_t_f}
         picture("imagerefl", m.vae, rows | {"predicted x0": predicted}, prompts)
         values |= {"prompts": ", ".join(f'"{p}"' for p in prompts), "x0_shape": tuple(x0.shape), "t_f": t_f}
-        values |= {"context_shape": tuple(c["context"].shape), "x0_std": x0.std().item(), "steps_before": t_f - 30}
+        values |= {"context_shape": tuple(c["context"].shape), "x0_std": x0.std().item(), "last_before": t_f - 1}
+        values |= {"calls": len(calls), "calls_no_grad": calls.count(False)}
         values |= {"t_of_t_f": scheduler.timesteps[t_f], "reward": scores[0], "diffusion": scores[1]}
         values |= {"norm_reward": g_reward.norm().item(), "norm_diffusion": g_diffusion.norm().item()}
         values["ratio"] = values["norm_reward"] / values["norm_diffusion"]
@@ -101,6 +115,7 @@ def imagerefl_update(run, unet, args, optimizer) -> dict:
         moved = torch.cat([p.detach().flatten() for p in m.parameters]) - before
         values |= {"parameters": len(moved) / 1e6, "moved": (moved.norm() / before.norm()).item()}
         values |= {"median_move": moved.abs().median().item(), "lr": args.lr}
+        values["median_gradient"] = (g_reward + g_diffusion).abs().median().item()
 
 
 def refl_update(run, unet, args) -> dict:
@@ -111,37 +126,48 @@ def refl_update(run, unet, args) -> dict:
     x_T = sched.sample_noise(run.latent_shape(prompts), rng)
     loss = refl.refl_loss(unet, m.vae, m.reward, scheduler, x_T, m.text(prompts, run.size), prompts, rng, args.shift)
     ((t_f, x_t_f, predicted),) = scheduler.predicted
-    gradient = norms(args.reward_scale * loss, m.parameters)
-    at_10 = scheduler.taken[10][1]
-    rows = {"noise x_T": x_T, "x_t at step 10": at_10, f"x_t at t_f, step {t_f}": x_t_f, "predicted x0": predicted}
+    g_reward = gradient(args.reward_scale * loss, m.parameters)
+    at_20 = scheduler.taken[20][1]
+    rows = {"noise x_T": x_T, "x_t at step 20": at_20, "x_t at t_f": x_t_f, "predicted x0": predicted}
     picture("refl", m.vae, rows, prompts)
     values = {"refl_t_f": t_f, "refl_steps": len(scheduler.taken), "refl_reward": -loss.item()}
-    return values | {"refl_norm": gradient.norm().item(), "refl_prompts": ", ".join(f'"{p}"' for p in prompts)}
+    return values | {"refl_norm": g_reward.norm().item(), "refl_prompts": ", ".join(f'"{p}"' for p in prompts)}
 
 
 @torch.no_grad()
 def sampling() -> dict:
-    """Combined generation with the shipped tuned model: the predicted x0 along the way, and the scores at the end."""
+    """Combined generation with the shipped tuned model: the predicted x0 along the way, and what comes out."""
     base, tuned = weights.load_tuned(str(presets.TUNED), "tiny")
-    vae, text, rater = weights.load_vae("tiny"), weights.load_text("tiny"), rewards.load("rater", None)
-    prompts, seeds, size = ["fox", "octopus"] * 2, [1, 1, 2, 2], (64, 64)
+    vae, text, rater = weights.load_vae("tiny"), weights.load_text("tiny"), rewards.load("rater")
+    features, prompts, seeds, size = (
+        clip_features(presets.FEATURES),
+        ["fox", "octopus"] * 4,
+        [1, 1, 2, 2, 3, 3, 4, 4],
+        (64, 64),
+    )
     c, c_empty = text(prompts, size), text([""] * len(prompts), size)
     predictors = cfg(base, c, c_empty, presets.TINY.guidance), conditional(tuned, c)
-    shown, values, finals, strips = [0, 10, 20, 29, 30, 35, 39], {}, {}, {}
-    for base_steps, name in ((40, "base"), (BASE_STEPS, "combined"), (0, "tuned")):
+    shown, strips, finals = [0, 10, 20, 29, 30, 35, 39], {}, {}
+    readings = ["| T' | mean score of the rater, of 10 | diversity |", "|---|---|---|"]
+    for T_prime, name in ((0, "base"), (10, "T' = 10"), (40, "tuned alone")):
         scheduler = TracedScheduler()
         x_T, generators = initial_noise(vae, seeds, size, "cpu")
-        x_0 = combine(scheduler, *predictors, combined_weights(40, base_steps), x_T, generators)
+        x_0 = combine(scheduler, *predictors, combined_weights(40, 40 - T_prime), x_T, generators)
+        images = vae.decode(x_0).clamp(-1, 1)
         finals[name] = x_0
-        values[f"score_{name}"] = rater(vae.decode(x_0), prompts).mean().item()
-        for i, x_t, eps in scheduler.taken:
-            scheduler.predict_x0(x_t, eps, scheduler.timesteps[i])
-        strips[name] = torch.cat([scheduler.predicted[i][2][:1] for i in shown])
-    rows = {"base model": strips["base"], "T' = 10": strips["combined"]}
+        diversity = metrics.group_diversity(features(images), prompts).mean().item()
+        readings.append(f"| {T_prime} | {rater(images, prompts).mean().item():.2f} | {diversity:.3f} |")
+        for i in shown:
+            step, x_t, eps = scheduler.taken[i]
+            scheduler.predict_x0(x_t, eps, scheduler.timesteps[step])
+        for k in range(2):
+            strips[f"{prompts[k]}, {name}"] = torch.cat([x0[k : k + 1] for _, _, x0 in scheduler.predicted])
+    rows = {f"{prompt}, {name}": strips[f"{prompt}, {name}"] for prompt in prompts[:2] for name in ("base", "T' = 10")}
     picture("sampling", vae, rows, [f"step {i}" for i in shown], cell=72)
-    rows = {"base, T' = 0": finals["base"], "T' = 10": finals["combined"], "tuned alone, T' = 40": finals["tuned"]}
-    picture("final", vae, rows, [f"{p}, seed {s}" for p, s in zip(prompts, seeds, strict=True)])
-    return values
+    order = sorted(range(len(prompts)), key=lambda k: prompts[k])
+    heads = [f"{prompts[k]}, seed {seeds[k]}" for k in order]
+    picture("final", vae, {name: x_0[order] for name, x_0 in finals.items()}, heads, cell=68)
+    return {"readings": "\n".join(readings)}
 
 
 def schedule_table() -> str:
@@ -166,7 +192,12 @@ def measure() -> dict:
             unet = accelerate(args, run.models, optimizer)
             values = imagerefl_update(run, unet, args, optimizer) | refl_update(run, unet, args)
     abar_30 = sched.Scheduler(40).abar[226].item()
-    return values | sampling() | {"schedule": schedule_table(), "abar_30": abar_30, "seed": SEED, "images": IMAGES}
+    return (
+        values
+        | sampling()
+        | {"schedule": schedule_table(), "abar_30": abar_30, "seed": SEED, "images": IMAGES}
+        | {"updates": presets.TINY.updates["imagerefl"]}
+    )
 
 
 def excerpt(file: str, name: str, first: str = "", last: str = "") -> str:
