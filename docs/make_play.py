@@ -158,10 +158,10 @@ def main(args: argparse.Namespace) -> None:
     template = Path(__file__).with_name("play_template.html").read_text(encoding="utf-8")
     page = template.replace("{{count}}", f"{len(prompts)} prompts × {SEEDS} seeds")
     page = page.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))
-    if len(page) > BYTES:
-        raise ValueError(f"the page would have {len(page):,} bytes, more than {BYTES:,}; lower SHOWN or QUALITY")
+    if (size := len(page.encode())) > BYTES:
+        raise ValueError(f"the page would have {size:,} bytes, more than {BYTES:,}; lower SHOWN or QUALITY")
     disk.write_text(Path(args.output), page)
-    print(f"written: {args.output}, {len(page):,} bytes")
+    print(f"written: {args.output}, {size:,} bytes")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
