@@ -37,7 +37,7 @@ TUNED_STEPS = (0, 5, 10, 15, 20, 30, 40)  # values of T'
 STAGES = (0, 1 / 3, 2 / 3, 1)  # of the training, shares of its updates
 FIRST_SEED, SEEDS = 1, 4  # of each prompt; its number of images
 SHOWN = 6  # prompts whose images are on the page, spread evenly over all
-SIDE, QUALITY = 128, 60  # images are enlarged to SIDE pixels, as WebP stores colours at half its resolution
+SIDE, QUALITY = 128, 75  # images are enlarged to SIDE pixels, as WebP stores colours at half its resolution
 BYTES = 3_000_000  # largest page
 
 
