@@ -11,7 +11,7 @@ import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
-KEYS = {"ArrowLeft": 37, "Enter": 13, "Tab": 9, "1": 49, "2": 50, "3": 51}
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Enter": 13, "Tab": 9, "1": 49, "2": 50, "3": 51}
 
 
 class Browser:
