@@ -1,7 +1,7 @@
 """Make the pictures of the documents from the tiny base and two default runs.
 
 python train.py --method imagerefl
-python train.py --method refl
+python train.py --method refl --reward tiny
 python docs/make_pictures.py       # docs/main.png, tiny/sheet.png
 """
 
@@ -38,6 +38,7 @@ def main() -> None:
         "base model": sample(None, 40, asked, all_seeds),
         "ImageReFL, --switch 30": sample(f"{RUNS}/imagerefl-tiny", 30, asked, all_seeds),
         "ImageReFL alone": sample(f"{RUNS}/imagerefl-tiny", 0, asked, all_seeds),
+        "ReFL on a learned reward, --switch 10": sample(f"{RUNS}/refl-tiny", 10, asked, all_seeds),
         "ReFL alone": sample(f"{RUNS}/refl-tiny", 0, asked, all_seeds),
     }
     heads = [f"{p}" if seed == seeds[0] else "" for p in prompts for seed in seeds]
