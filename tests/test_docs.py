@@ -20,6 +20,9 @@ OTHERS = (
     "docs/glossary.md",
     "docs/reproduction.md",
     "docs/study.md",
+    "docs/collapse.md",
+    "docs/results.md",
+    "docs/tour.md",
     "README.md",
 )
 DOCUMENTS = [PAPER_TO_CODE, *(ROOT / name for name in OTHERS)]
