@@ -3,12 +3,14 @@
 import functools
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -520,6 +522,11 @@ sys.argv = ["reproduce.py", *sys.argv[4:]]
 runpy.run_path(root + "/reproduce.py", run_name="__main__")
 """
 STAGES = ("check", "fetch", "train refl", "train imagerefl", "evaluate hpdv2", "evaluate coco", "report")
+MARKS = {
+    "train imagerefl": "runs/*/imagerefl/log.jsonl",
+    "evaluate hpdv2": "runs/*/points/*/*.png",
+}  # of work under way
+needs_an_hour = pytest.mark.skipif("CHAIN" not in os.environ, reason="takes up to an hour; set CHAIN=1")
 
 
 class Chain:
@@ -551,6 +558,20 @@ class Chain:
             pass  # it had ended
         process.wait()
 
+    def is_in(self, stage: str) -> bool:
+        """Whether a stage is at work, or a later one has begun."""
+        output, later = self.output(), STAGES[STAGES.index(stage) + 1 :]
+        at_work = f"== {stage}" in output and (stage not in MARKS or any(self.work.glob(MARKS[stage])))
+        return at_work or any(f"== {name}" in output for name in later)
+
+    def kill_when(self, ready: Callable[[], bool], seconds: float = 0) -> None:
+        """Start, and kill some seconds after something is so."""
+        process = self.start()
+        while process.poll() is None and not ready():
+            time.sleep(0.05)
+        time.sleep(seconds)
+        self.kill(process)
+
     def finish(self, process: subprocess.Popen | None = None) -> str:
         """Wait for a process that was started, else continue to the end; returns the table."""
         assert (process or self.start()).wait() == 0, self.output()[-2000:]
@@ -564,9 +585,45 @@ def chain_server(served):
         yield server
 
 
+@pytest.fixture(scope="module")
+def whole(served, tmp_path_factory):
+    """A chain that runs in one go, started for all tests that need it and beside them, since each uses one core."""
+    with stand_in.serving(served) as server:
+        chain = Chain(tmp_path_factory.mktemp("whole"), server)
+        process = chain.start()
+        yield SimpleNamespace(chain=chain, process=process, server=server)
+        chain.kill(process)
+
+
 @pytest.mark.slow
 def test_published_models_need_no_training(chain_server, tmp_path):
     chain = Chain(tmp_path, chain_server, "--published")
     table = chain.finish()
     assert table.count("\n| ImageReFL | ") >= 9 and "| ReFL |" not in table and "== train" not in chain.output()
     assert f"The authors' weights, {minis.MODEL}." in table
+
+
+@pytest.mark.slow
+@needs_an_hour
+def test_a_chain_that_is_killed_in_its_stages_and_at_random_makes_the_same_table(whole, chain_server, tmp_path):
+    """One kill in each of seven stages, three at random times after each."""
+    chain, draw = Chain(tmp_path, chain_server), random.Random(1)
+    for stage in STAGES:
+        chain.kill_when(functools.partial(chain.is_in, stage), draw.uniform(0, 3))
+        for _ in range(3):
+            process = chain.start()
+            time.sleep(draw.uniform(2, 25))
+            chain.kill(process)
+    assert chain.finish() == whole.chain.finish(whole.process)
+
+
+@pytest.mark.slow
+@needs_an_hour
+def test_one_command_fills_all_nine_columns(whole):
+    table = whole.chain.finish(whole.process)
+    row = r"^\| (ReFL|ReFL AIG|ReFL Combined|ImageReFL) \| (\w[\w.]*) \| -?[\d.]+ ± [\d.]+ \|"
+    rows = re.findall(row, table, re.M)
+    assert len(rows) == 36 == len(set(rows)) and "nan" not in table
+    assert all(f"\n== {stage}" in whole.chain.output() for stage in STAGES)
+    assert len(whole.server.fetched()) == 9
+    assert whole.chain.finish() == table and len(whole.server.fetched()) == 9  # a second call repeats the report alone
