@@ -526,7 +526,7 @@ MARKS = {
     "train imagerefl": "runs/*/imagerefl/log.jsonl",
     "evaluate hpdv2": "runs/*/points/*/*.png",
 }  # of work under way
-needs_an_hour = pytest.mark.skipif("CHAIN" not in os.environ, reason="takes up to an hour; set CHAIN=1")
+needs_half_an_hour = pytest.mark.skipif("CHAIN" not in os.environ, reason="takes up to half an hour; set CHAIN=1")
 
 
 class Chain:
@@ -604,7 +604,7 @@ def test_published_models_need_no_training(chain_server, tmp_path):
 
 
 @pytest.mark.slow
-@needs_an_hour
+@needs_half_an_hour
 def test_a_chain_that_is_killed_in_its_stages_and_at_random_makes_the_same_table(whole, chain_server, tmp_path):
     """One kill in each of seven stages, three at random times after each."""
     chain, draw = Chain(tmp_path, chain_server), random.Random(1)
@@ -618,7 +618,6 @@ def test_a_chain_that_is_killed_in_its_stages_and_at_random_makes_the_same_table
 
 
 @pytest.mark.slow
-@needs_an_hour
 def test_one_command_fills_all_nine_columns(whole):
     table = whole.chain.finish(whole.process)
     row = r"^\| (ReFL|ReFL AIG|ReFL Combined|ImageReFL) \| (\w[\w.]*) \| -?[\d.]+ ± [\d.]+ \|"
