@@ -4,7 +4,7 @@
     python reproduce.py --base sd15 --data COCO            # train ReFL and ImageReFL, evaluate, compare with Table 1
     python reproduce.py --base sdxl --reward pickscore --data COCO    # Table 3
     python reproduce.py --base sd15 --data COCO --published           # the authors' weights, no training
-    python reproduce.py            # the claims on the tiny base, three seeds: an hour on two cores with bf16
+    python reproduce.py            # the claims on the tiny base, three seeds: about an hour on two cores
 
 Run it again after an interruption: it continues. Missing files are fetched from the hub. Writes `table.md` into
 `runs/table-BASE-REWARD`, for the tiny base `claims.md` into `runs/reproduction`.

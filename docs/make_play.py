@@ -1,7 +1,7 @@
 """Make docs/play.html, a page to play with T': images, scores and trade-off curves of two runs on the tiny base.
 
-    python train.py --method refl --save-every 10 --keep 9
-    python train.py --method imagerefl --save-every 20 --keep 9
+    python train.py --method refl --reward tiny --save-every 10 --keep 9
+    python train.py --method imagerefl --reward tiny --steps 60 --save-every 20 --keep 9
     python docs/make_play.py --refl runs/refl-tiny --imagerefl runs/imagerefl-tiny
 
 The page is one file that loads nothing; its template is docs/play_template.html. Images and scores stay in

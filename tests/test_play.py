@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def test_keys_change_images_scores_and_the_marked_point(made, play, tmp_path):
         ]  # fmt: skip
         for state in states:
             check_state(play, state)
-        for before, after in list(zip(states, states[1:], strict=False))[:3]:
+        for before, after in list(pairwise(states))[:3]:
             assert all(before[key] != after[key] for key in ("images", "values", "marked", "text"))
         assert states[2]["focus"] == "tuned" and states[3]["focus"] == "updates"
         browser.reload()  # the address keeps the state
