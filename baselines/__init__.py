@@ -52,14 +52,14 @@ def baseline_loss(
     else:
         x_t = sample_noise(run.latent_shape(prompts), generator, args.device)
 
+    numbers = number_range(args.gradient_steps)
+    K = numbers[int(torch.randint(len(numbers), (), generator=generator))]
     if args.method == "dpo":
         if not run.has_pairs:
             x0, scores = ranked_pairs(unet, m.vae, m.reward, scheduler, x_t, first, c, prompts, generator)
             logged["reward"] = scores.mean()
-        loss = logged["dpo"] = dpo_loss(unet, m.base, scheduler, x0, c, generator, args.beta)
+        loss = logged["dpo"] = dpo_loss(unet, m.base, scheduler, x0, c, generator, args.beta, K)
     else:
-        numbers = number_range(args.gradient_steps)
-        K = numbers[int(torch.randint(len(numbers), (), generator=generator))]
         inputs = (unet, m.vae, m.reward, scheduler, x_t, first, c, prompts, generator, args.shift, K)
         loss = draft_loss(*inputs, args.lv_samples or 0) if args.method == "draft" else drtune_loss(*inputs)
         logged["reward"] = -loss

@@ -3,8 +3,9 @@
     L(theta) = -E log sigmoid(-beta / 2 [l_theta(x^w) - l_theta0(x^w) - (l_theta(x^l) - l_theta0(x^l))])
     l_theta(x) = mean (eps - eps_theta(x_t, t, c))^2,  t uniform over 0..999
 
-x^w is preferred to x^l; both share t and eps; theta_0 is the base model. beta belongs to a mean over elements. At the
-base model the loss is log 2. No gradient passes the reward: it ranks two samples of the model, or pairs are given.
+x^w is preferred to x^l; both share t and eps, of which K are drawn per pair; theta_0 is the base model. beta belongs
+to a mean over elements. At the base model the loss is log 2. No gradient passes the reward: it ranks two samples of the
+model, or pairs are given.
 """
 
 import torch
@@ -42,10 +43,15 @@ def ranked_pairs(
 
 
 def dpo_loss(
-    unet, base, scheduler: Scheduler, x0: Tensor, c: dict, generator: torch.Generator, beta: float = 5000.0
+    unet, base, scheduler: Scheduler, x0: Tensor, c: dict, generator: torch.Generator, beta: float = 5000.0, K: int = 1
 ) -> Tensor:
-    """The loss above for x0 (2B, C, H, W): the preferred images, then the others of the same prompts in c."""
-    pairs = len(x0) // 2
+    """The loss above for x0 (2B, C, H, W): the preferred images, then the others of the same prompts in c.
+
+    K: draws of t and eps per pair. Sampling a pair takes 80 UNet calls and a draw four, so more than one is worth it.
+    """
+    pairs = K * len(x0) // 2
+    x0 = torch.cat([half.repeat(K, 1, 1, 1) for half in x0.chunk(2)])
+    c = {key: torch.cat([half.repeat(K, *[1] * (half.ndim - 1)) for half in e.chunk(2)]) for key, e in c.items()}
     eps = sample_noise((pairs, *x0.shape[1:]), generator, x0.device).repeat(2, 1, 1, 1)
     t = torch.randint(TRAIN_STEPS, (pairs,), generator=generator).repeat(2)
     x_t, t = scheduler.add_noise(x0, eps, t), to_device(t, x0.device)

@@ -196,6 +196,18 @@ def test_dpo_equals_its_equation(unet):
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
 
 
+def test_dpo_draws_k_timesteps_per_pair(unet):
+    """In each draw the two noised images of a pair differ by what the images differ, scaled: t and eps are shared."""
+    seen, times, x0 = inputs_of(unet), [], rnd("pairs", 4, 4, 4, 4)
+    base = lambda x, t, context: (times.append(t), torch.zeros_like(x))[1]  # noqa: E731
+    dpo_loss(unet, base, SCHEDULER, x0, TWICE, seeded(), K=3)
+    better, worse = seen[0].view(2, 3, 2, 4, 4, 4)  # (halves of the batch, draws, pairs, ...)
+    t = times[0].view(2, 3, 2)
+    assert torch.equal(t[0], t[1]) and len(set(t[0].flatten().tolist())) == 6
+    scale = SCHEDULER.abar[t[0]].sqrt().view(3, 2, 1, 1, 1)
+    assert torch.allclose((better - worse).double(), scale * (x0[:2] - x0[2:]), atol=1e-5)
+
+
 def test_the_gradient_of_dpo_equals_finite_differences_and_prefers_the_better_image(unet):
     unet = unet.double()
     x0, c = rnd("pairs", 4, 4, 4, 4).double(), {"context": TWICE["context"].double()}
@@ -282,7 +294,8 @@ def test_three_updates_of_four_start_from_an_image(method, flags, from_image, un
         (["draft", "--gradient-steps", "1", "--lv-samples", "2"], 39 + 3 + 6.5 + 2 * (3 + 6.5)),
         (["draft", "--gradient-steps", "1-3"], 38 + 2 * 3 + 6.5),
         (["drtune"], 35.5 - 5 + 5 * 3 + 6.5),
-        (["dpo"], 2 * (40 + 3.25 + 3 + 1)),
+        (["dpo"], 2 * (40 + 3.25 + 4 * (3 + 1))),
+        (["dpo", "--gradient-steps", "1"], 2 * (40 + 3.25 + 3 + 1)),
         (["draft", "--from-image"], (3 * (2 + 3 + 7 + 9 + 6.5) + 52.5) / 4),
         (["drtune", "--from-image"], (3 * (2 + 3 + 1.5 + 4 * 3 + 6.5) + 52) / 4),
     ],

@@ -194,7 +194,8 @@ def baseline_cost(args, parts: dict[str, float]) -> float:
     def update(first: int) -> float:
         """From step `first` to x0."""
         if args.method == "dpo":  # two samples, their scores without gradients, about half, and the loss
-            return 2 * ((T - first) * forward + scoring / 2 + gradients + forward)
+            draws = mean(number_range(args.gradient_steps))
+            return 2 * ((T - first) * forward + scoring / 2 + draws * (gradients + forward))
         stops = range(T - 1, T) if args.method == "draft" else range(max(first, T - T_MAX), T)
         counts = [
             (stop + 1 - first, min(K, stop + 1 - first)) for stop in stops for K in number_range(args.gradient_steps)
@@ -319,6 +320,7 @@ class MemoryModel:
 def fake_loss(args, m: FakeNetworks, unet: Callable, x: Tensor, c: dict) -> Tensor:
     """The loss of a micro-batch, from where activations are kept on."""
     loss, inputs = 0, (unet, m.vae, m.reward, SCHEDULER)
+    K = number_range(args.gradient_steps)[-1] if args.gradient_steps else 0
     if args.method == "dpo":
         x, c = torch.cat([x, x]), {key: torch.cat([t, t]) for key, t in c.items()}
     if args.method in ("diffusion", "imagerefl") or args.from_image:
@@ -326,11 +328,10 @@ def fake_loss(args, m: FakeNetworks, unet: Callable, x: Tensor, c: dict) -> Tens
     if args.method in ("refl", "imagerefl"):
         loss = loss + reward_loss(*inputs, x, 35, c, [], None)
     elif args.method in ("draft", "drtune"):
-        K = number_range(args.gradient_steps)[-1]
         loss = loss + draft_loss(*inputs, x, STEPS - K, c, [], None, K=K, lv_samples=args.lv_samples or 0)
     elif args.method == "dpo":
         x, _ = ranked_pairs(*inputs, x, STEPS - 1, c, [], None)
-        loss = loss + dpo_loss(unet, unet, SCHEDULER, x, c, None)
+        loss = loss + dpo_loss(unet, unet, SCHEDULER, x, c, None, K=K)
     return loss
 
 

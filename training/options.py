@@ -120,7 +120,8 @@ def add_baselines(parser: Parser) -> None:
     )  # fmt: skip
     add(
         "--gradient-steps", type=steps_range, metavar="K",
-        help="steps with gradients, of draft (default: 3) and drtune (5); 1-10: drawn at random, as in AlignProp",
+        help="steps with gradients, of draft (default: 3) and drtune (5); 1-10: drawn at random, as in AlignProp; "
+        "of dpo: timesteps drawn per pair (1, tiny 4)",
     )  # fmt: skip
     add("--lv-samples", type=number(int, 0), metavar="N", help="n of DRaFT-LV, with --gradient-steps 1 (default: 0)")
     add("--beta", type=number(float, 0), help="of dpo: strength of the tie to the base model (default: 5000, tiny 300)")
@@ -131,7 +132,11 @@ def add_optimizer(parser: Parser, steps: str) -> None:
     add("--steps", type=positive, help=f"number of updates (default: {steps})")
     add("--batch-size", type=positive, help="micro-batch size (default: 8 SD1.5, 4 SDXL, 16 tiny)")
     add("--accumulate", type=positive, help="micro-batches per update, over all processes (default: 4, tiny 1)")
-    add("--lr", type=number(float, 0), help="learning rate of AdamW (default: 3e-4, tiny 4.5e-5)")
+    add(
+        "--lr",
+        type=number(float, 0),
+        help="learning rate of AdamW (default: 3e-4, tiny 4.5e-5; dpo: 2e-5, tiny 1.5e-5)",
+    )
     add(
         "--lr-schedule",
         choices=("constant", "cosine"),
@@ -174,15 +179,17 @@ def add_saving(parser: Parser) -> None:
 def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
     """Fill in defaults of the baselines' flags, in place. Raises ValueError for those of another method."""
     flags = {"draft": ("from_image", "gradient_steps", "lv_samples"), "drtune": ("from_image", "gradient_steps")}
-    flags |= {"dpo": ("from_image", "beta")}
+    flags |= {"dpo": ("from_image", "gradient_steps", "beta")}
     for flag in ("from_image", "gradient_steps", "lv_samples", "beta"):
         if getattr(args, flag) and flag not in flags.get(args.method, ()):
             takers = " or ".join(method for method, own in flags.items() if flag in own)
             advice = "; imagerefl is ReFL from images" * (flag == "from_image")
             raise ValueError(f"--{flag.replace('_', '-')} goes with --method {takers}{advice}")
-    if args.method in ("draft", "drtune"):
-        args.gradient_steps = args.gradient_steps or {"draft": "3", "drtune": "5"}[args.method]
+    if args.method in presets.BASELINES:
+        defaults = {"draft": "3", "drtune": "5", "dpo": f"{preset.dpo_draws}"}
+        args.gradient_steps = args.gradient_steps or defaults[args.method]
     if args.method == "dpo":
+        args.lr = preset.dpo_lr if args.lr is None else args.lr
         args.beta = preset.dpo_beta if args.beta is None else args.beta
 
 

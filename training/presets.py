@@ -38,6 +38,8 @@ class Preset:
     updates: dict[str, int]  # by training method
     shift: int  # maximum random shift, in pixels, of the images that the reward scores
     dpo_beta: float  # of Diffusion-DPO; belongs to a mean over the elements of a latent
+    dpo_lr: float  # lower, since the loss goes on falling while images get worse
+    dpo_draws: int  # timesteps per pair
     prompts: tuple[str, ...]  # for a run's sample grids and table
 
 
@@ -62,6 +64,8 @@ TINY = Preset(
     updates={"refl": 30, "imagerefl": 30, "draft": 30, "drtune": 30, "dpo": 30},
     shift=8,
     dpo_beta=300.0,
+    dpo_lr=1.5e-5,
+    dpo_draws=4,
     prompts=(
         "octopus",
         "tiger",
@@ -93,6 +97,8 @@ SD15 = Preset(
     updates={"refl": 2000, "imagerefl": 4000, "draft": 2000, "drtune": 2000, "dpo": 2000},
     shift=0,
     dpo_beta=5000.0,
+    dpo_lr=2e-5,  # of the official launcher, rounded: 1e-8 x 2048
+    dpo_draws=1,
     prompts=SAMPLE_PROMPTS,
 )
 SDXL = replace(  # t' follows the names of the official runs
