@@ -6,9 +6,11 @@ The SVG is self-contained (white background, no fonts or scripts). A page can re
 
 import math
 import re
+from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean, stdev
 
 METHODS = {"refl": "ReFL", "imagerefl": "ImageReFL", "draft": "DRaFT", "drtune": "DRTune", "dpo": "DPO"}
 METHODS |= {f"image-{name}": f"Image-{METHODS[name]}" for name in ("draft", "drtune", "dpo")}
@@ -107,7 +109,7 @@ def legend(style: dict, names: dict[str, str]) -> tuple[list[str], int]:
     out, x, y = [], LEFT, 22
     for (name, kind), (paint, corners) in style.items():
         model = METHODS.get(name) or names.get(name, name)
-        entry = {"": name, "aig": f"{model} AIG, λ", "switch": f"{model}, switch"}[kind]
+        entry = {"": name, "aig": f"{model} AIG, λ", "switch": f"{model}, N base steps"}[kind]
         width = 36 + 6.9 * len(entry)
         if x > LEFT and x + width - 16 > RIGHT:
             x, y = LEFT, y + 19
@@ -131,24 +133,55 @@ def frame(results: dict, keys: tuple[str, str], X, Y, x_ticks: list, y_ticks: li
     return [f'<g class="frame" stroke="#e3e3e3">{"".join(lines)}</g>', *texts]
 
 
-def dot(results: dict, i: int, keys: tuple[str, str], X, Y, errors: bool, paint: str, corners: int, r: float) -> str:
-    """A point with error bars if `errors`, a hidden ring, and its label and values as a tooltip."""
+@dataclass
+class Mark:
+    """A place on a curve: a point, or with several training runs of a method the mean of theirs. Errors may be None."""
+
+    group: tuple[str, str]  # family and kind
+    points: list[int]
+    at: tuple[float, float]
+    errors: tuple[float | None, float | None]
+
+    @property
+    def several(self) -> bool:
+        return len(self.points) > 1
+
+
+def marks_of(points: list[dict], keys: tuple[str, str], group: dict[int, tuple[str, str]]) -> list[Mark]:
+    """The marks of the points in `group`; the error of a mean is that over training runs."""
+    runs: dict[tuple, list[int]] = {}
+    for i, name in group.items():
+        runs.setdefault((name, points[i]["value"]), []).append(i)
+    marks = []
+    for (name, _), own in runs.items():
+        values = [[stat(points[i], key) for i in own] for key in keys]
+        means = [[mean for mean, _ in column] for column in values]
+        errors = [stdev(m) / len(m) ** 0.5 if len(m) > 1 else v[0][1] for m, v in zip(means, values, strict=True)]
+        marks.append(Mark(name, own, tuple(map(mean, means)), tuple(errors)))
+    return marks
+
+
+def error_bars(mark: Mark, X, Y) -> str:
+    (x, y), (dx, dy) = mark.at, mark.errors
+    bars = ""
+    if dx:
+        bars += f'<line x1="{X(x - dx):.1f}" x2="{X(x + dx):.1f}" y1="{Y(y):.1f}" y2="{Y(y):.1f}"/>'
+    if dy:
+        bars += f'<line x1="{X(x):.1f}" x2="{X(x):.1f}" y1="{Y(y - dy):.1f}" y2="{Y(y + dy):.1f}"/>'
+    return f'<g stroke="currentColor" opacity=".4">{bars}</g>'
+
+
+def dot(results: dict, i: int, keys: tuple[str, str], x: float, y: float, inside: str, paint: str) -> str:
+    """The point i at (x, y): a hidden ring, its label and values as a tooltip, and what is drawn `inside`."""
     point = results["points"][i]
-    (x, dx), (y, dy) = (stat(point, key) for key in keys)
-    tooltip, bars = f"{full_label(results, point)}, {schedule(results, point)}", ""
+    tooltip = f"{full_label(results, point)}, {schedule(results, point)}"
     for key in reversed(keys):
         (mean, error), c = stat(point, key), column(results, key)
         tooltip += f"; {c['title']} {number(mean, c['digits'])}" + (f" ± {number(error, c['digits'])}" if error else "")
-    if dx and errors:
-        bars += f'<line x1="{X(x - dx):.1f}" x2="{X(x + dx):.1f}" y1="{Y(y):.1f}" y2="{Y(y):.1f}"/>'
-    if dy and errors:
-        bars += f'<line x1="{X(x):.1f}" x2="{X(x):.1f}" y1="{Y(y - dy):.1f}" y2="{Y(y + dy):.1f}"/>'
-    edge = ' stroke="#fff" class="row"' if point["row"] else ""
     ring = ' class="halo" opacity="0" fill="none" stroke="currentColor" stroke-width="2" pointer-events="none"'
     return (
         f'<g data-point="{i}" {paint} fill="currentColor"><title>{text(tooltip)}</title>'
-        f"{marker(X(x), Y(y), 11, 0, ring)}"
-        f'<g stroke="currentColor" opacity=".4">{bars}</g>{marker(X(x), Y(y), r, corners, edge)}</g>'
+        f"{marker(x, y, 11, 0, ring)}{inside}</g>"
     )
 
 
@@ -182,82 +215,107 @@ def leader(x: float, y: float, room: float, box: tuple, paint: str) -> str:
     return f'<line {paint} {ends} stroke-width="1" opacity=".6"/>'
 
 
+def styles(group: dict[int, tuple[str, str]]) -> dict[tuple[str, str], tuple[str, int]]:
+    """Attributes and marker of each family and kind. The switch curves come first, so their colours are Figure 7's."""
+    style = {("Base", ""): ('class="base" color="#111"', STAR)}
+    for n, name in enumerate(sorted(dict.fromkeys(g for g in group.values() if g[1]), key=lambda g: g[1] == "aig")):
+        colour = n % len(COLOURS)
+        style[name] = (f'class="k{colour}" color="{COLOURS[colour]}"', SHAPES[n % len(SHAPES)])
+    return style
+
+
 def curves(results: dict, quality: str, against: str | None = None) -> str:
-    """An SVG of the column `quality` against diversity: a line per checkpoint and kind, with standard errors.
+    """An SVG of the column `quality` against diversity: a line per method and kind, with standard errors.
 
     `against`: another column instead of the diversity, such as `fid` (Figure 5).
     The base is a star; the table's rows are large and named; other points have their base steps or λ where there is
-    room.
-
-    With several training runs of a method, their spread shows the error, and only the rows have error bars. Points
-    without both values are left out. Raises ValueError when none is left.
+    room. With several training runs of a method the line goes through their means, and each run's points are faint.
+    Points without both values are left out. Raises ValueError when none is left.
     """
     points, keys = results["points"], (against or results["axes"]["diversity"], quality)
     shown = [i for i, p in enumerate(points) if all(stat(p, key)[0] is not None for key in keys)]
     if not shown:
         raise ValueError(f"no point has both {keys[0]} and {quality}, so there is nothing to draw")
     group = {i: (family(points[i]), points[i]["kind"]) if points[i]["checkpoint"] else ("Base", "") for i in shown}
-    style = {("Base", ""): ('class="base" color="#111"', STAR)}
-    for name in dict.fromkeys(group.values()):
-        n = len(style) - 1
-        colour = n % len(COLOURS)
-        style.setdefault(name, (f'class="k{colour}" color="{COLOURS[colour]}"', SHAPES[n % len(SHAPES)]))
+    style, marks = styles(group), marks_of(points, keys, group)
     entries, top = legend(style, checkpoint_names(results))
 
-    def ends(key: str) -> list[float]:
-        return [mean + sign * (error or 0) for mean, error in (stat(points[i], key) for i in shown) for sign in (-1, 1)]
+    def scale_of(axis: int, start: float, end: float):
+        values = [m.at[axis] + sign * (m.errors[axis] or 0) for m in marks for sign in (-1, 1)]
+        return scale(values + [stat(points[i], keys[axis])[0] for i in shown], start, end)
 
-    X, x_ticks = scale(ends(keys[0]), LEFT, RIGHT)
-    Y, y_ticks = scale(ends(keys[1]), BOTTOM, top)
-    at = {i: (X(stat(points[i], keys[0])[0]), Y(stat(points[i], keys[1])[0])) for i in shown}
-
-    many = any(len(checkpoints) > 1 for checkpoints in families(results).values())
-    lines, spots = [], []
-    for name, checkpoint in dict.fromkeys((group[i], points[i]["checkpoint"]) for i in shown if group[i][1]):
-        members = [i for i in shown if (group[i], points[i]["checkpoint"]) == (name, checkpoint)]
-        line = [at[i] for i in sorted(members, key=lambda i: points[i]["value"])]
-        if name[1] == "switch" and 0 in at:
-            line.append(at[0])  # the base model takes all steps
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
-        lines.append(f'<polyline {style[name][0]} points="{path}" stroke-width="{1 if many else 2}"/>')
-        for (x, y), (x2, y2) in pairwise(line):
-            n = max(2, round(math.dist((x, y), (x2, y2)) / 3))
-            spots += [(x + (x2 - x) * k / n, y + (y2 - y) * k / n) for k in range(n)]
-
-    barred = [i for i in shown if points[i]["row"] or not many]
-    for i in barred:  # labels avoid the error bars too
-        x, y = at[i]
-        (mean, error), (mean2, error2) = (stat(points[i], key) for key in keys)
-        spots += [(X(mean + (error or 0) * k / 6), y) for k in range(-6, 7)]
-        spots += [(x, Y(mean2 + (error2 or 0) * k / 6)) for k in range(-6, 7)]
-    radius = {i: 11 if not group[i][1] else 6 if points[i]["row"] else 3 if many else 4 for i in shown}
-    order = sorted(shown, key=lambda i: points[i]["row"])  # the table's rows on top
-    dots = [dot(results, i, keys, X, Y, i in barred, *style[group[i]], radius[i]) for i in order]
-    room = {i: 11 if points[i]["row"] else radius[i] for i in shown}  # a row's ring is larger
-    boxes = [(x - room[i], y - room[i], x + room[i], y + room[i]) for i, (x, y) in at.items()]
-    first = {checkpoints[0] for checkpoints in families(results).values()} | {None}
-    named = [i for i in shown if points[i]["checkpoint"] in first]
-    labels = [(i, points[i]["label"], 13) for i in named if points[i]["row"]]
-    labels += [(i, f"{'λ ' * (points[i]['kind'] == 'aig')}{points[i]['value']:g}", 11) for i in named if group[i][1]]
-    words = []
-    for i, label, size in labels:
-        near = [room[i] + d for d in ((3,) if size == 11 else (3, 10, 20, 32))]
-        penalty, box = place_label(*at[i], 0.6 * size * len(label) + 2, size, near, boxes, spots, top)
-        if size == 13 or penalty < 9:
-            boxes.append(box)
-            lines.append(leader(*at[i], room[i], box, style[group[i]][0]))
-            words.append(
-                f'<text {style[group[i]][0]} x="{(box[0] + box[2]) / 2:.1f}" y="{box[3] - 0.2 * size:.1f}" '
-                f'font-size="{size}" font-weight="{600 if size == 13 else 400}" '
-                f'fill="currentColor">{text(label)}</text>'
-            )
+    (X, x_ticks), (Y, y_ticks) = scale_of(0, LEFT, RIGHT), scale_of(1, BOTTOM, top)
+    lines, spots = lines_of(points, marks, style, X, Y)
+    faint, dots = [], []
+    for m in sorted(marks, key=lambda m: points[m.points[0]]["row"]):  # the table's rows on top
+        row, (paint, corners), (x, y) = points[m.points[0]]["row"], style[m.group], (X(m.at[0]), Y(m.at[1]))
+        radius = 11 if not m.group[1] else 6 if row else 4
+        inside = error_bars(m, X, Y) + marker(x, y, radius, corners, ' stroke="#fff" class="row"' if row else "")
+        if m.several:
+            for i in m.points:
+                (x_i, _), (y_i, _) = (stat(points[i], key) for key in keys)
+                sign = marker(X(x_i), Y(y_i), 2.5, corners, ' opacity=".4"')
+                faint.append(dot(results, i, keys, X(x_i), Y(y_i), sign, paint))
+            dots.append(f'<g {paint} fill="currentColor" pointer-events="none">{inside}</g>')
+        else:
+            dots.append(dot(results, m.points[0], keys, x, y, inside, paint))
+    words, leaders = labels_of(points, marks, style, X, Y, spots, top)
     title = f"{column(results, quality)['title']} against {column(results, keys[0])['title']}"
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {W} {H}" width="{W}" height="{H}" role="img"
  aria-label="{text(title)}" font-family="system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif" font-size="12" fill="#333">
 <rect class="ground" width="{W}" height="{H}" fill="#fff"/>
 {"".join(entries + frame(results, keys, X, Y, x_ticks, y_ticks, top))}
-<g fill="none" stroke="currentColor" stroke-linejoin="round">{"".join(lines)}</g>
-{"".join(dots)}
+<g fill="none" stroke="currentColor" stroke-linejoin="round">{"".join(lines + leaders)}</g>
+{"".join(faint + dots)}
 <g class="labels" text-anchor="middle" stroke="#fff" stroke-width="3" paint-order="stroke">{"".join(words)}</g>
 </svg>
 """
+
+
+def lines_of(points: list[dict], marks: list[Mark], style: dict, X, Y) -> tuple[list[str], list[tuple]]:
+    """A line per family and kind; and points on lines and error bars, which labels avoid."""
+    lines, spots = [], []
+    base = [m for m in marks if not m.group[1]]
+    for name in style:
+        own = sorted((m for m in marks if m.group == name and name[1]), key=lambda m: points[m.points[0]]["value"])
+        line = own + base * (name[1] == "switch")  # the base model takes all steps
+        places = [(X(m.at[0]), Y(m.at[1])) for m in line]
+        if own:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            lines.append(f'<polyline {style[name][0]} points="{path}" stroke-width="2"/>')
+        for (x, y), (x2, y2) in pairwise(places):
+            n = max(2, round(math.dist((x, y), (x2, y2)) / 3))
+            spots += [(x + (x2 - x) * k / n, y + (y2 - y) * k / n) for k in range(n)]
+    for m in marks:
+        (x, y), (dx, dy) = m.at, m.errors
+        spots += [(X(x + (dx or 0) * k / 6), Y(y)) for k in range(-6, 7)]
+        spots += [(X(x), Y(y + (dy or 0) * k / 6)) for k in range(-6, 7)]
+    return lines, spots
+
+
+def labels_of(points: list[dict], marks: list[Mark], style: dict, X, Y, spots: list, top: int) -> tuple[list, list]:
+    """The labels of the marks, and the lines that lead to those that are far away."""
+    room = [11 if points[m.points[0]]["row"] else 4 for m in marks]  # a row's ring is larger
+    places = [(X(m.at[0]), Y(m.at[1])) for m in marks]
+    boxes = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(places, room, strict=True)]
+    labels = []
+    for n, m in enumerate(marks):
+        point = points[m.points[0]]
+        if point["row"]:
+            labels.append((n, point["label"], 13))
+    for n, m in enumerate(marks):
+        if m.group[1]:
+            point = points[m.points[0]]
+            labels.append((n, f"{'λ ' * (point['kind'] == 'aig')}{point['value']:g}", 11))
+    words, leaders = [], []
+    for n, label, size in labels:
+        paint, near = style[marks[n].group][0], [room[n] + d for d in ((3,) if size == 11 else (3, 10, 20, 32))]
+        penalty, box = place_label(*places[n], 0.6 * size * len(label) + 2, size, near, boxes, spots, top)
+        if size == 13 or penalty < 9:
+            boxes.append(box)
+            leaders.append(leader(*places[n], room[n], box, paint))
+            words.append(
+                f'<text {paint} x="{(box[0] + box[2]) / 2:.1f}" y="{box[3] - 0.2 * size:.1f}" font-size="{size}" '
+                f'font-weight="{600 if size == 13 else 400}" fill="currentColor">{text(label)}</text>'
+            )
+    return words, leaders

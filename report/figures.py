@@ -53,7 +53,7 @@ def read_log(run: Path) -> tuple[dict, list[dict]]:
 
 
 def along_training(run: Path) -> Image.Image:
-    """Figure 1: a row of images for the base model and for stages of training, two seeds of each prompt.
+    """Figure 1: a row of images for the base model and for stages of training, two seeds (columns) of each prompt.
 
     Raises FileNotFoundError where the run has no grids.
     """
@@ -67,7 +67,9 @@ def along_training(run: Path) -> Image.Image:
         kept = [row[:half] if path == paths[0] else row[half:] for row in sheet[: COLUMNS // half]]
         rows.append([image for row in kept for image in row])
         labels.append("Base" if path == paths[0] else f"Update {int(path.stem.split('-')[1])}")
-    return grid(rows, labels, [], CELL, FONT)
+    prompts = Image.open(paths[0]).info.get("parameters", "").splitlines()[: COLUMNS // half]
+    heads = [head for prompt in prompts for head in [short(prompt), *["other seed"] * (half - 1)]]
+    return grid(rows, labels, heads, CELL, FONT)
 
 
 def over_training(runs: list[Path]) -> str:
@@ -117,7 +119,7 @@ def over_switch(results: dict) -> str:
         panels.append(Panel(c["title"], c["better"], lines))
     if not any(len(line) > 2 for panel in panels for line in panel.lines.values()):
         raise ValueError("no sweep over the switch step; evaluate with --sweep switch=5,10,20,30,35")
-    return draw(panels, "steps of the base model", "Quality over the switch step")
+    return draw(panels, f"first steps by the base model, of {results['steps']}", "Quality over the switch step")
 
 
 def over_T_prime(results: dict, folder: Path) -> Image.Image:
@@ -137,7 +139,8 @@ def over_T_prime(results: dict, folder: Path) -> Image.Image:
             paths = [folder / points[n]["folder"] / f"{p:05d}-{results['seed']}.png" for n in shared]
             rows.append([Image.open(path).convert("RGB") for path in paths])
             labels.append(f"{METHODS.get(name, name)}: {short(results['prompts'][p])}")
-    return grid(rows, labels, [f"T' = {results['steps'] - n:g}" for n in shared], CELL, FONT)
+    ends = {0.0: ", tuned", float(results["steps"]): ", base"}
+    return grid(rows, labels, [f"T' = {results['steps'] - n:g}{ends.get(n, '')}" for n in shared], CELL, FONT)
 
 
 def draw_evaluation(folder: Path, output: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from test_report import SVG, colour, make
 from report import figures, page
 from report.curves import COLOURS
 from report.panels import BOTTOM, LEFT, PANEL_W, RIGHT, TOP, Panel, draw
-from utils.images import cells, grid
+from utils.images import cells, grid, save_png
 
 
 def run_folder(folder: Path, slope: float = 1.0, prompts: int = 3) -> Path:
@@ -22,7 +22,8 @@ def run_folder(folder: Path, slope: float = 1.0, prompts: int = 3) -> Path:
     for update in (0, 2, 4, 6, 8, 10):
         rows = [[Image.new("RGB", (128, 128), (20 * update, 60 * p, 60 * k)) for k in range(4)] for p in range(prompts)]
         heads = ["base, seed 0", "base, seed 1", "tuned, seed 0", "tuned, seed 1"]
-        grid(rows, ["a prompt"] * prompts, heads).save(folder / "samples" / f"step-{update:06d}.png")
+        sheet = grid(rows, ["a prompt"] * prompts, heads)
+        save_png(sheet, folder / "samples" / f"step-{update:06d}.png", "\n".join(["a prompt"] * prompts))
     first = {"reward": [0.4, 0.6], "diversity": [0.3, 0.3], "fid": [2.0], "logcovdist": [0.1]}
     (folder / "run.json").write_text(json.dumps({"monitor": first}))
     log = [{"update": u, "reward": 0.1} for u in range(1, 11)]
@@ -41,8 +42,10 @@ def test_cells_are_the_pictures_of_a_grid():
 def test_figure_1_shows_the_base_model_and_stages_of_training(tmp_path):
     sheet = figures.along_training(run_folder(tmp_path / "run"))
     step, left = 128 + 4, sheet.width - 6 * 132
-    shown = [[sheet.getpixel((left + c * step + 64, r * step + 64)) for c in range(6)] for r in range(4)]
-    assert sheet.height == 4 * step
+    top = sheet.height - 4 * step
+    shown = [[sheet.getpixel((left + c * step + 64, top + r * step + 64)) for c in range(6)] for r in range(4)]
+    heads = [sheet.crop((left + c * step, 0, left + c * step + 128, top)).tobytes() for c in range(6)]
+    assert heads == heads[:2] * 3 and heads[0] != heads[1]  # "a prompt" and "other seed" over each pair
     stages = [(0, (0, 1)), (4, (2, 3)), (6, (2, 3)), (10, (2, 3))]  # the base model's columns, then the tuned one's
     assert shown == [[(20 * u, 60 * p, 60 * k) for p in range(3) for k in seeds] for u, seeds in stages]
     with pytest.raises(FileNotFoundError, match="--sample-every"):

@@ -11,11 +11,13 @@ import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from statistics import stdev
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
+from report import curves as drawing
 from report import page as report
 
 ROOT = Path(__file__).parent.parent
@@ -145,10 +147,21 @@ def test_labels_do_not_overlap(tmp_path):
 
 
 def test_runs_of_one_method_share_a_colour(tmp_path):
-    svg = ElementTree.fromstring(report.curves(make(tmp_path, runs=3), "tiny"))
-    lines = [line for line in svg.iter(f"{SVG}polyline")]
-    assert len(lines) == 9 and len({line.get("color") for line in lines}) == 3
-    assert {line.get("stroke-width") for line in lines} == {"1"}
+    """The line goes through the means of the runs, whose own points are there too; the error is that over runs."""
+    results = make(tmp_path, runs=3)
+    svg = ElementTree.fromstring(report.curves(results, "tiny"))
+    lines = {line.get("color"): line.get("points").split() for line in svg.iter(f"{SVG}polyline")}
+    assert len(lines) == 3
+    at = {int(g.get("data-point")): g.find(f"{SVG}circle") for g in svg.iter(f"{SVG}g") if g.get("data-point")}
+    assert sorted(at) == list(range(len(results["points"])))
+    own = [i for i, p in enumerate(results["points"]) if (p["method"], p["kind"], p["value"]) == ("refl", "switch", 10)]
+    mean = [sum(float(at[i].get(axis)) for i in own) / 3 for axis in ("cx", "cy")]
+    blue = [tuple(map(float, point.split(","))) for point in lines[drawing.COLOURS[0]]]
+    assert len(own) == 3 and any(point == pytest.approx(mean, abs=0.11) for point in blue)
+    values = [results["points"][i]["values"]["tiny"][0] for i in own]
+    keys = results["axes"]["diversity"], "tiny"
+    (mark,) = drawing.marks_of(results["points"], keys, dict.fromkeys(own, ("refl", "switch")))
+    assert mark.at[1] == pytest.approx(sum(values) / 3) and mark.errors[1] == pytest.approx(stdev(values) / 3**0.5)
 
 
 def test_markdown_shows_errors_and_the_best_value(tmp_path):

@@ -60,7 +60,7 @@ def jobs_of(run, prompts: list[str], count: int) -> Iterator[tuple[list[str], li
 
 
 def save_grid(run, path: Path) -> None:
-    """A grid of fixed prompts and seeds: the base model beside the tuned one."""
+    """A grid of fixed prompts and seeds: the base model beside the tuned one. Its metadata: the prompts."""
     shown, rows, heads = run.prompts[:GRID_PROMPTS], [], []
     for name, (count, base_steps) in run.grid_columns.items():
         if name not in run.cached_images:
@@ -79,7 +79,7 @@ def save_grid(run, path: Path) -> None:
         rows = rows or [[] for _ in shown]
         rows = [row + images[count * r : count * (r + 1)] for r, row in enumerate(rows)]
         heads += [f"{name}, seed {k}" for k in range(count)]
-    save_png(grid(rows, shown, heads), path)
+    save_png(grid(rows, shown, heads), path, "\n".join(shown))
 
 
 @torch.no_grad()

@@ -58,7 +58,8 @@ def grid(
     for x, head in enumerate(heads):
         sheet.paste(head, (margin + x * (cell + gap), top - head.height))
     for y, (row, text) in enumerate(zip(rows, row_labels, strict=True)):
-        sheet.paste(label(text, margin, size), (0, top + y * (cell + gap) + 4))
+        words = label(text, margin, size)
+        sheet.paste(words, (0, top + y * (cell + gap) + max(4, (cell - words.height) // 2)))
         for x, picture in enumerate(row):
             up = picture.size[0] < cell
             picture = picture.resize((cell, cell), Image.Resampling.BICUBIC if up else Image.Resampling.LANCZOS)
