@@ -48,7 +48,8 @@ def cells(y: float, first: int, last: int, colour: str, opacity: float = 1) -> s
 
 
 def document(height: float, parts: list[str], label: str) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-6 0 {WIDTH + 12} {height}" role="img" aria-label="{label}">'
+    view = f"-6 0 {WIDTH + 12} {height}"  # a margin for the strokes of boxes at the edges
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}" role="img" aria-label="{label}">'
     return "\n".join([head, STYLE, *parts, "</svg>"]) + "\n"
 
 
