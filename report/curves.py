@@ -151,7 +151,7 @@ def marks_of(points: list[dict], keys: tuple[str, str], group: dict[int, tuple[s
     """The marks of the points in `group`; the error of a mean is that over training runs."""
     runs: dict[tuple, list[int]] = {}
     for i, name in group.items():
-        runs.setdefault((name, points[i]["value"]), []).append(i)
+        runs.setdefault((name, points[i]["value"] if name[1] else i), []).append(i)
     marks = []
     for (name, _), own in runs.items():
         values = [[stat(points[i], key) for i in own] for key in keys]
@@ -275,7 +275,7 @@ def curves(results: dict, quality: str, against: str | None = None) -> str:
 def lines_of(points: list[dict], marks: list[Mark], style: dict, X, Y) -> tuple[list[str], list[tuple]]:
     """A line per family and kind; and points on lines and error bars, which labels avoid."""
     lines, spots = [], []
-    base = [m for m in marks if not m.group[1]]
+    base = [m for m in marks if m.points == [0]]
     for name in style:
         own = sorted((m for m in marks if m.group == name and name[1]), key=lambda m: points[m.points[0]]["value"])
         line = own + base * (name[1] == "switch")  # the base model takes all steps

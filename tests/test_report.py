@@ -149,6 +149,7 @@ def test_labels_do_not_overlap(tmp_path):
 def test_runs_of_one_method_share_a_colour(tmp_path):
     """The line goes through the means of the runs, whose own points are there too; the error is that over runs."""
     results = make(tmp_path, runs=3)
+    results["points"].append(results["points"][0] | {"label": "Base, no guidance"})  # a second star, not a mean
     svg = ElementTree.fromstring(report.curves(results, "tiny"))
     lines = {line.get("color"): line.get("points").split() for line in svg.iter(f"{SVG}polyline")}
     assert len(lines) == 3
@@ -160,6 +161,8 @@ def test_runs_of_one_method_share_a_colour(tmp_path):
     assert len(own) == 3 and any(point == pytest.approx(mean, abs=0.11) for point in blue)
     values = [results["points"][i]["values"]["tiny"][0] for i in own]
     keys = results["axes"]["diversity"], "tiny"
+    stars = drawing.marks_of(results["points"], keys, dict.fromkeys((0, len(results["points"]) - 1), ("Base", "")))
+    assert [star.points for star in stars] == [[0], [len(results["points"]) - 1]]
     (mark,) = drawing.marks_of(results["points"], keys, dict.fromkeys(own, ("refl", "switch")))
     assert mark.at[1] == pytest.approx(sum(values) / 3) and mark.errors[1] == pytest.approx(stdev(values) / 3**0.5)
 
