@@ -1,4 +1,5 @@
-"""Tables of `ablations.py`: every run at equal arithmetic and at equal trained reward, and the two claims of Section 6.
+"""Tables of `ablations.py`: every run at equal arithmetic, at twice that, and at equal trained reward; and the two claims
+of Section 6 of the paper.
 
 A run has stages: checkpoints at equally spaced updates, stage 0 being the base model. At each stage it has a switch
 curve, {base steps: {column: mean}}, from the tuned model alone (0) to the base model (40). Between two stages all
@@ -120,6 +121,7 @@ def text(runs: dict, variants: list, budget: int, gain: float, base: Curve) -> s
     """
     places: dict[str, Callable] = {
         "At equal arithmetic": lambda stages: float(budget),
+        "At twice that arithmetic": lambda stages: float(len(stages) - 1),
         f"At equal trained reward, +{gain:g}": lambda stages: reaching(stages, gain),
     }
     lines = [PREDICTION]
