@@ -1,5 +1,6 @@
-"""Tables of `ablations.py`: every run at equal arithmetic, at twice that, and at equal trained reward; and the two claims
-of Section 6 of the paper.
+"""Tables of `ablations.py`: every run at equal arithmetic, at twice that, and at equal trained reward; two claims.
+
+The claims are those of the paper's Section 6: combined generation, and a start from images, help other methods.
 
 A run has stages: checkpoints at equally spaced updates, stage 0 being the base model. At each stage it has a switch
 curve, {base steps: {column: mean}}, from the tuned model alone (0) to the base model (40). Between two stages all

@@ -21,6 +21,7 @@ OTHERS = (
     "docs/reproduction.md",
     "docs/study.md",
     "docs/collapse.md",
+    "docs/ablations.md",
     "docs/results.md",
     "docs/tour.md",
     "README.md",
