@@ -8,7 +8,7 @@
 | DRaFT-LV (`draft.py`) | the sampled x0, and n times its re-noised last step | the last | x_t without gradients |
 | AlignProp (`draft.py`) | the sampled x0 | the last K, K drawn at random | x_t with gradients |
 | DRTune (`drtune.py`) | x0 predicted at an early stop | K, spread over all steps before it | x_t without gradients |
-| Diffusion-DPO (`dpo.py`) | two samples, of which it prefers one | none; the loss has one t | a noised sample |
+| Diffusion-DPO (`dpo.py`) | two samples, of which it prefers one | none; the loss draws K timesteps | a noised sample |
 
 With `--from-image` they do as ImageReFL does (`from_image.py`): start from noised real images, three updates of four.
 """
