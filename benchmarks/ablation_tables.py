@@ -45,8 +45,8 @@ def curves_of(results: dict) -> dict[str, Curve]:
 
 
 def mix(a: dict, b: dict, share: float) -> dict:
-    """(1 - share) a + share b, of numbers or dicts of the same keys."""
-    return {k: mix(a[k], b[k], share) if isinstance(a[k], dict) else a[k] + share * (b[k] - a[k]) for k in a}
+    """(1 - share) a + share b, of numbers or dicts; keys of both only, such as switches that both were evaluated at."""
+    return {k: mix(v, b[k], share) if isinstance(v, dict) else v + share * (b[k] - v) for k, v in a.items() if k in b}
 
 
 def at_stage(stages: list[Curve], position: float) -> Curve:

@@ -34,6 +34,8 @@ def test_a_run_is_read_where_its_trained_reward_has_risen_enough():
     found = ablation_tables.at_stage(stages, 1.5)
     assert found[0] == pytest.approx(point(tiny=0.15, diversity=0.2)) and list(found) == [0, 10, 40]
     assert ablation_tables.at_stage(stages, 2)[0]["tiny"] == 0.2
+    fewer = [{n: point for n, point in curve.items() if n} if k else curve for k, curve in enumerate(stages)]
+    assert set(ablation_tables.at_stage(fewer, 0.5)) == set(stages[0]) - {0}  # evaluated at other switches
 
 
 def test_claim_a_is_the_height_above_the_straight_line_half_way_in_diversity():
