@@ -320,7 +320,7 @@ class MemoryModel:
 def fake_loss(args, m: FakeNetworks, unet: Callable, x: Tensor, c: dict) -> Tensor:
     """The loss of a micro-batch, from where activations are kept on."""
     loss, inputs = 0, (unet, m.vae, m.reward, SCHEDULER)
-    K = number_range(args.gradient_steps)[-1] if args.gradient_steps else 0
+    K = number_range(args.gradient_steps)[-1] if args.method in presets.BASELINES else 0
     if args.method == "dpo":
         x, c = torch.cat([x, x]), {key: torch.cat([t, t]) for key, t in c.items()}
     if args.method in ("diffusion", "imagerefl") or args.from_image:
