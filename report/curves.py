@@ -142,10 +142,6 @@ class Mark:
     at: tuple[float, float]
     errors: tuple[float | None, float | None]
 
-    @property
-    def several(self) -> bool:
-        return len(self.points) > 1
-
 
 def marks_of(points: list[dict], keys: tuple[str, str], group: dict[int, tuple[str, str]]) -> list[Mark]:
     """The marks of the points in `group`; the error of a mean is that over training runs."""
@@ -251,7 +247,7 @@ def curves(results: dict, quality: str, against: str | None = None) -> str:
         row, (paint, corners), (x, y) = points[m.points[0]]["row"], style[m.group], (X(m.at[0]), Y(m.at[1]))
         radius = 11 if not m.group[1] else 6 if row else 4
         inside = error_bars(m, X, Y) + marker(x, y, radius, corners, ' stroke="#fff" class="row"' if row else "")
-        if m.several:
+        if len(m.points) > 1:
             for i in m.points:
                 (x_i, _), (y_i, _) = (stat(points[i], key) for key in keys)
                 sign = marker(X(x_i), Y(y_i), 2.5, corners, ' opacity=".4"')
@@ -298,15 +294,13 @@ def labels_of(points: list[dict], marks: list[Mark], style: dict, X, Y, spots: l
     room = [11 if points[m.points[0]]["row"] else 4 for m in marks]  # a row's ring is larger
     places = [(X(m.at[0]), Y(m.at[1])) for m in marks]
     boxes = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(places, room, strict=True)]
-    labels = []
-    for n, m in enumerate(marks):
-        point = points[m.points[0]]
-        if point["row"]:
-            labels.append((n, point["label"], 13))
-    for n, m in enumerate(marks):
-        if m.group[1]:
-            point = points[m.points[0]]
-            labels.append((n, f"{'λ ' * (point['kind'] == 'aig')}{point['value']:g}", 11))
+    firsts = [points[m.points[0]] for m in marks]
+    labels = [(n, point["label"], 13) for n, point in enumerate(firsts) if point["row"]]
+    labels += [
+        (n, f"{'λ ' * (point['kind'] == 'aig')}{point['value']:g}", 11)
+        for n, point in enumerate(firsts)
+        if marks[n].group[1]
+    ]
     words, leaders = [], []
     for n, label, size in labels:
         paint, near = style[marks[n].group][0], [room[n] + d for d in ((3,) if size == 11 else (3, 10, 20, 32))]
