@@ -5,11 +5,14 @@
 For each run (a folder of train.py): figure-1-RUN.png, images along training. For all runs together: figure-2.svg, what
 --monitor measured over the updates. For each evaluation (an output folder of evaluate.py): figure-4-NAME.png, a strip
 over T'; figure-5-NAME-QUALITY-AXIS.svg, quality against diversity, FID and LogCovDist (Figures 5, 9, 10, 12-15);
-figure-7-NAME.svg, quality over the switch step. Figure 6 is docs/training.svg.
+figure-7-NAME.svg, quality over the switch step. Figure 6 is docs/training.svg. A figure for which a folder has
+nothing is left out, and the command says what would be needed.
 """
 
 import json
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -29,6 +32,10 @@ MONITORED = {  # key of log.jsonl -> title and better direction; others are held
     "monitor_fid": ("FID", "lower"),
     "monitor_logcovdist": ("LogCovDist", "lower"),
 }
+
+
+class NothingToDraw(ValueError):
+    """A run or an evaluation was made without what a figure shows."""
 
 
 def short(prompt: str, width: int = 22) -> str:
@@ -55,11 +62,11 @@ def read_log(run: Path) -> tuple[dict, list[dict]]:
 def along_training(run: Path) -> Image.Image:
     """Figure 1: a row of images for the base model and for stages of training, two seeds (columns) of each prompt.
 
-    Raises FileNotFoundError where the run has no grids.
+    Raises NothingToDraw where the run has no grids.
     """
     paths = sorted((run / "samples").glob("step-*.png"))
     if len(paths) < 2:
-        raise FileNotFoundError(f"{run / 'samples'}: too few grids; train with --sample-every N")
+        raise NothingToDraw(f"{run}: too few sample grids; train with --sample-every N")
     rows, labels = [], []
     for path in [paths[0], *spread(paths[1:], STAGES - 1)]:
         sheet = cells(Image.open(path).convert("RGB"))
@@ -73,7 +80,7 @@ def along_training(run: Path) -> Image.Image:
 
 
 def over_training(runs: list[Path]) -> str:
-    """Figure 2: what `--monitor` measured over the updates, a line per run. Raises ValueError without any."""
+    """Figure 2: what `--monitor` measured over the updates, a line per run. Raises NothingToDraw without any."""
     lines: dict[str, dict[str, list]] = {}  # key -> run -> points
     for run in runs:
         about, log = read_log(run)
@@ -86,7 +93,7 @@ def over_training(runs: list[Path]) -> str:
     titles = {key: (f"Reward {key.removeprefix('monitor_')}, held out", "higher") for key in lines} | MONITORED
     panels = [Panel(*titles[key], own) for key, own in lines.items()]
     if not panels:
-        raise ValueError(f"{', '.join(map(str, runs))}: nothing was monitored; train with --monitor N")
+        raise NothingToDraw(f"{', '.join(map(str, runs))}: nothing was monitored; train with --monitor N")
     return draw(panels, "update", "Reward, diversity and distances over training")
 
 
@@ -99,8 +106,8 @@ def switch_points(results: dict, checkpoint: str) -> dict[float, dict]:
 def over_switch(results: dict) -> str:
     """Figure 7: each reward over the step at which the tuned model takes over, ReFL and ImageReFL.
 
-    The error is that over training runs where there are several, else that over prompts. Raises ValueError without a
-    sweep.
+    The error is that over training runs where there are several, else that over prompts. Raises NothingToDraw
+    without a sweep.
     """
     panels = []
     for key in results["axes"]["quality"]:
@@ -118,19 +125,19 @@ def over_switch(results: dict) -> str:
         c = column(results, key)
         panels.append(Panel(c["title"], c["better"], lines))
     if not any(len(line) > 2 for panel in panels for line in panel.lines.values()):
-        raise ValueError("no sweep over the switch step; evaluate with --sweep switch=5,10,20,30,35")
+        raise NothingToDraw("no sweep over the switch step; evaluate with --sweep switch=5,10,20,30,35")
     return draw(panels, f"first steps by the base model, of {results['steps']}", "Quality over the switch step")
 
 
 def over_T_prime(results: dict, folder: Path) -> Image.Image:
     """Figure 4: one image per T', from the tuned model alone to the base model; a row per model and prompt.
 
-    Raises OSError for a missing image.
+    Raises NothingToDraw without a tuned model, and OSError for a missing image.
     """
     first = {name: checkpoints[0] for name, checkpoints in families(results).items()}
     found = {name: switch_points(results, checkpoint) for name, checkpoint in first.items()}
     if not found:
-        raise ValueError(f"{folder}: no tuned model was evaluated; give evaluate.py --checkpoint")
+        raise NothingToDraw(f"{folder}: no tuned model was evaluated; give evaluate.py --checkpoint")
     shared = sorted(set.intersection(*(set(points) for points in found.values())))
     prompts = spread(list(range(len(results["prompts"]))), 2)
     rows, labels = [], []
@@ -143,39 +150,49 @@ def over_T_prime(results: dict, folder: Path) -> Image.Image:
     return grid(rows, labels, [f"T' = {results['steps'] - n:g}{ends.get(n, '')}" for n in shared], CELL, FONT)
 
 
-def draw_evaluation(folder: Path, output: Path) -> list[Path]:
-    """Figures 4, 5 and 7 of an evaluation; returns their files."""
+def figures_of_run(run: Path) -> dict[str, Callable]:
+    """File name -> what draws it: Figure 1."""
+    return {f"figure-1-{run.name}.png": lambda: along_training(run)}
+
+
+def figures_of_evaluation(folder: Path) -> dict[str, Callable]:
+    """File name -> what draws it: Figures 4, 5 and 7. Raises ValueError or OSError for a folder without results."""
     results, name = page.read(folder), folder.name
-    written = [output / f"figure-4-{name}.png"]
-    save_png(over_T_prime(results, folder), written[0])
     known = {c["key"] for c in results["columns"]}
     axes = [key for key in (results["axes"]["diversity"], "fid", "logcovdist") if key in known]
+    found: dict[str, Callable] = {f"figure-4-{name}.png": lambda: over_T_prime(results, folder)}
     for quality in results["axes"]["quality"]:
         for axis in axes:
-            written.append(output / f"figure-5-{name}-{quality}-{axis}.svg")
-            disk.write_text(written[-1], curves(results, quality, axis))
-    written.append(output / f"figure-7-{name}.svg")
-    disk.write_text(written[-1], over_switch(results))
-    return written
+            found[f"figure-5-{name}-{quality}-{axis}.svg"] = partial(curves, results, quality, axis)
+    return found | {f"figure-7-{name}.svg": lambda: over_switch(results)}
 
 
 def main(args) -> None:
-    """Raises ValueError or OSError for folders that are neither a run nor an evaluation."""
+    """Raises ValueError or OSError for folders that are neither a run nor an evaluation, or have nothing to draw."""
     folders, output = [Path(folder) for folder in args.folders], Path(args.output_dir)
     cli.check_writable(output)
     runs = [folder for folder in folders if (folder / "log.jsonl").is_file()]
-    written = []
-    for run in runs:
-        written.append(output / f"figure-1-{run.name}.png")
-        save_png(along_training(run), written[-1])
-    if runs:
-        written.append(output / "figure-2.svg")
-        disk.write_text(written[-1], over_training(runs))
+    found = {"figure-2.svg": lambda: over_training(runs)} if runs else {}
     for folder in folders:
-        if folder not in runs:
-            written += draw_evaluation(folder, output)
+        found |= figures_of_run(folder) if folder in runs else figures_of_evaluation(folder)
+    written, left_out = [], {}
+    for name, draw_it in sorted(found.items()):
+        try:
+            picture = draw_it()
+        except NothingToDraw as reason:
+            left_out[name] = reason
+            continue
+        written.append(output / name)
+        if isinstance(picture, str):
+            disk.write_text(written[-1], picture)
+        else:
+            save_png(picture, written[-1])
+    if not written:
+        raise next(iter(left_out.values()))
     for path in written:
-        print(f"written: {path}")
+        print(f"written:  {path}")
+    for name, reason in left_out.items():
+        print(f"left out: {name}, {reason}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_figure_1_shows_the_base_model_and_stages_of_training(tmp_path):
     assert heads == heads[:2] * 3 and heads[0] != heads[1]  # "a prompt" and "other seed" over each pair
     stages = [(0, (0, 1)), (4, (2, 3)), (6, (2, 3)), (10, (2, 3))]  # the base model's columns, then the tuned one's
     assert shown == [[(20 * u, 60 * p, 60 * k) for p in range(3) for k in seeds] for u, seeds in stages]
-    with pytest.raises(FileNotFoundError, match="--sample-every"):
+    with pytest.raises(figures.NothingToDraw, match="--sample-every"):
         figures.along_training(tmp_path)
 
 
@@ -131,3 +131,24 @@ def test_the_command_writes_all_figures_of_a_run_and_an_evaluation(tmp_path):
         "figure-1-run.png", "figure-2.svg", "figure-4-evaluation.png", "figure-5-evaluation-tiny-diversity.svg",
         "figure-5-evaluation-tiny-fid.svg", "figure-7-evaluation.svg",
     ]  # fmt: skip
+
+
+def test_a_figure_for_which_a_folder_has_nothing_is_left_out_with_a_reason(tmp_path, capsys):
+    run = run_folder(tmp_path / "run")
+    (run / "log.jsonl").write_text('{"update": 1, "reward": 0.5}\n')
+    (run / "run.json").write_text("{}")
+    output = tmp_path / "figures"
+    figures.main(Namespace(folders=[str(run)], output_dir=str(output)))
+    assert [path.name for path in output.iterdir()] == ["figure-1-run.png"]
+    assert "left out: figure-2.svg" in (said := capsys.readouterr().out) and "--monitor N" in said
+    for grid_file in (run / "samples").iterdir():
+        grid_file.unlink()
+    with pytest.raises(figures.NothingToDraw):
+        figures.main(Namespace(folders=[str(run)], output_dir=str(tmp_path / "none")))
+    assert not (tmp_path / "none").exists()
+    results = make(tmp_path / "evaluation", sweep=())
+    results["points"] = results["points"][:2]  # the base model and one tuned model
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results))
+    figures.main(Namespace(folders=[str(tmp_path / "evaluation")], output_dir=str(output)))
+    assert "left out: figure-7-evaluation.svg" in (said := capsys.readouterr().out) and "--sweep" in said
+    assert (output / "figure-4-evaluation.png").is_file()
