@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from speed.fused_upsample import FusedUpsample, fuse, fused_kernel
-from unet import Pointwise, Upsample
+from unet import Pointwise, TransformerBlock, Upsample
 
 NO_ACTIVATION = ("none", [], "")  # oneDNN's arguments for no activation after a layer
 UPSAMPLES = (Upsample, FusedUpsample)
@@ -78,6 +78,27 @@ class PrepackedLayer(nn.Module):
         return self.call(x.to(self.packed.dtype), self.packed, *self.arguments)
 
 
+class TextProjection(PrepackedLayer):
+    """The keys' or values' projection of cross-attention: it computes once for the text embeddings of a prompt.
+
+    They are the same at every denoising step. A change of the tensor in place is noticed.
+    """
+
+    known: tuple[Tensor, int, Tensor] | None = None  # (context, its version, output)
+
+    def forward(self, context: Tensor) -> Tensor:
+        if context.is_inference():  # has no version
+            return super().forward(context)
+        if self.packed is None or self.known is None or not is_same(context, *self.known[:2]):
+            self.known = context, context._version, super().forward(context)
+        return self.known[2]
+
+
+def is_same(x: Tensor, known: Tensor, version: int) -> bool:
+    """Whether x is the known tensor, and unchanged since it had that version."""
+    return x is known and x._version == version and not (torch.is_grad_enabled() and x.requires_grad)
+
+
 def is_supported(dtype: torch.dtype) -> bool:
     """True if layers can be packed in this dtype on this machine."""
     return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -104,9 +125,14 @@ def has_adapter(layer: nn.Module) -> bool:
 
 def prepack_children(module: nn.Module, keep: bool) -> None:
     for name, child in module.named_children():
+        if isinstance(module, TransformerBlock) and name == "attn2":
+            for key in ("to_k", "to_v"):
+                layer = getattr(child, key)
+                if type(layer) is nn.Linear and not has_adapter(layer):
+                    setattr(child, key, TextProjection(layer, keep))
         if type(child) in (nn.Linear, nn.Conv2d, Pointwise, *UPSAMPLES) and not has_adapter(child):
             setattr(module, name, PrepackedLayer(child, keep))
-        elif not hasattr(child, "lora_A"):
+        elif not hasattr(child, "lora_A") and not isinstance(child, PrepackedLayer):
             prepack_children(child, keep)
 
 

@@ -30,7 +30,7 @@ from scheduler import Scheduler, sample_noise
 from speed import inference_copy, prepacked
 from speed.inference_copy import UNPACKED_CALLS, InferenceCopy
 from training import cost, fake_tensors, monitor
-from unet import UNet, UNetConfig
+from unet import TransformerBlock, UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 SCHEDULER = Scheduler(40)
@@ -262,6 +262,33 @@ def test_prepacking_in_place_frees_the_original_weights(unet):
     assert {key for key in original if "norm" not in key}.isdisjoint(dict(unet.named_parameters()))
     assert sum(p.numel() for p in unet.parameters()) < sum(p.numel() for p in original.values()) / 20
     assert len(prepacked_layers(unet)) == len([key for key in original if "norm" not in key and "weight" in key])
+
+
+@x86
+@torch.no_grad()
+def test_keys_and_values_of_the_text_are_computed_once(unet, monkeypatch):
+    """They are computed again for another tensor, for one that has changed in place, and for other weights."""
+    packed, x, context, calls = prepacked.packed_copy(unet), rnd("x", 2, 4, 8, 8), TEXT["context"].clone(), []
+    forward = prepacked.PrepackedLayer.forward
+    counted = lambda self, x: calls.append(self) or forward(self, x)  # noqa: E731
+    monkeypatch.setattr(prepacked.PrepackedLayer, "forward", counted)
+
+    def projections(context: torch.Tensor) -> int:
+        calls.clear()
+        torch.testing.assert_close(packed(x, 301, context), unet(x, 301, context), rtol=1e-4, atol=1e-5)
+        return sum(isinstance(layer, prepacked.TextProjection) for layer in calls)
+
+    count = sum(isinstance(module, prepacked.TextProjection) for module in packed.modules())
+    assert count == 2 * sum(isinstance(module, TransformerBlock) for module in unet.modules())
+    assert [projections(context), projections(context), projections(context.clone())] == [count, 0, count]
+    assert [projections(context), projections(context.mul_(2)), projections(context)] == [count, count, 0]
+    for layer in unet.modules():
+        if isinstance(layer, TransformerBlock):
+            layer.attn2.to_k.weight.mul_(3)
+    prepacked.invalidate(packed)
+    assert projections(context) == count
+    with torch.inference_mode():  # such tensors have no version
+        assert projections(context.clone()) == count
 
 
 @x86
