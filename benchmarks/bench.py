@@ -23,10 +23,12 @@ if __name__ == "__main__":
 import copy
 import functools
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import speed
@@ -82,6 +84,7 @@ def sides_of(
     `packed` is a packed copy of our network, `fresh()` makes another pair with the same weights. `inputs`: one call's.
     """
     built = build_engines(args, sizes, pair[0], inputs)
+    started = our_startup(pair[0], inputs, sizes.dtype) if built else None
     method = "forward" if isinstance(pair[0], unets.UNet) else "decode"
     networks.to_dtype(pair, sizes.dtype)
     prepacked.invalidate(packed)
@@ -89,7 +92,7 @@ def sides_of(
     def side(f: Callable, network, owner=None) -> Side:
         return Side(lambda: f(network), lambda: tensors_of(owner or network))
 
-    sides = {"ours": side(ours, packed, pair[0])}
+    sides = {"ours": replace(side(ours, packed, pair[0]), startup=started)}
     if pair[1] is not None:
         sides["diffusers"] = side(theirs, pair[1], pair[0])
     if args.device == "cpu":
@@ -124,10 +127,29 @@ def engine_sides(built: dict, sizes: Sizes, network: nn.Module, ours: Callable) 
         tolerance = 1e-3 if sizes.dtype == torch.float32 else 0.1
         difference = networks.check_equal(ours(engine), ours(network), tolerance)
         print(
-            f"  {name}: start-up {engine.seconds:.1f} s, keeps {kept:.2f} GB, differs by {difference:.0e}", flush=True
+            f"  {name}: conversion {engine.conversion:.1f} s, start-up {engine.startup:.1f} s, keeps {kept:.2f} GB, "
+            f"differs by {difference:.0e}",
+            flush=True,
         )
-        sides[name] = Side(functools.partial(ours, engine), list, {"startup": engine.seconds, "kept_gb": kept})
+        sides[name] = Side(functools.partial(ours, engine), list, kept, engine.startup)
     return sides
+
+
+@torch.no_grad()
+def our_startup(network: nn.Module, inputs: tuple, dtype: torch.dtype) -> float:
+    """Seconds from a safetensors file to a packed network that has run once, less a second run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network.safetensors")
+        save_file(network.state_dict(), path)
+
+        def load() -> nn.Module:
+            with torch.device("meta"):
+                ours = type(network)(network.config)
+            ours.load_state_dict(load_file(path), assign=True)
+            return prepacked.prepack(ours.requires_grad_(False).to(dtype))
+
+        given = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+        return engines.startup(load, lambda ours: engines.Positional(ours)(*given))[0]
 
 
 def forward(args, sizes: Sizes, config: unets.UNetConfig, side: int) -> Row:
@@ -251,9 +273,9 @@ def table(about: dict, rows: list[dict]) -> str:
         "Medians in seconds. `x`: diffusers' time divided by ours, with its range over the turns in brackets; where",
         "diffusers has no compiled side, its eager one is used. Peak: what a side keeps (weights, optimizer) plus what",
         "the call allocates, GB. Difference: relative, of the float32 results. Rate: FLOPs of diffusers divided by the",
-        "time of our fastest side, as a share of the device's measured bf16 matrix rate; our own FLOPs are up to 15 %",
-        "fewer. A dash: not measured. On a CPU our layers are packed, as in `sample.py` (`speed/prepacked.py`); the",
-        "JSON file also has unpacked ones.",
+        "time of our fastest side, as a share of the device's measured matrix rate (on a CPU that of the row's dtype,",
+        "else of bf16); our own FLOPs are up to 15 % fewer. A dash: not measured. On a CPU our layers are packed, as",
+        "in `sample.py` (`speed/prepacked.py`); the JSON file also has unpacked ones.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
@@ -267,20 +289,23 @@ def table(about: dict, rows: list[dict]) -> str:
             cells.append(ratio(ours, theirs or sides["diffusers"]) if ours else "–")
         cells.append(f"{sides['ours']['peak_gb']:.2f} / {sides['diffusers']['peak_gb']:.2f}")
         best = min(side["seconds"] for name, side in sides.items() if name.startswith("ours"))
-        cells += [f"{row['difference']:.0e}", f"{100 * row['tflop'] / best / about['bf16_tflops']:.0f} %"]
+        rate = about.get("float32_tflops" if "float32" in row["words"] else "bf16_tflops", about["bf16_tflops"])
+        cells += [f"{row['difference']:.0e}", f"{100 * row['tflop'] / best / rate:.0f} %"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines + engine_table(rows)) + "\n"
 
 
 def engine_table(rows: list[dict]) -> list[str]:
-    """A second table, of other engines beside our fastest side, if `--engines` was given."""
-    lines = ["", "| work | engine | s | ours, fastest | x | start-up, s | peak, GB |", "|---|---|---|---|---|---|---|"]
+    """A second table, of other engines beside ours, if `--engines` was given. Start-up: from a file of weights."""
+    heads = ("work", "engine", "s", "x", "start-up, s", "with start-up, s", "peak, GB")
+    lines = ["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
-        best = min(side["seconds"] for name, side in row["sides"].items() if name.startswith("ours"))
+        ours = row["sides"]["ours"]["seconds"]
         for name, side in row["sides"].items():
             if "startup" in side:
-                cells = f"{row['work']}: {row['words']}", name, f"{side['seconds']:.3g}", f"{best:.3g}"
-                cells += f"{side['seconds'] / best:.2f}", f"{side['startup']:.1f}", f"{side['peak_gb']:.2f}"
+                cells = f"{row['work']}: {row['words']}", name, f"{side['seconds']:.3g}"
+                cells += f"{side['seconds'] / ours:.2f}", f"{side['startup']:.1f}"
+                cells += f"{side['startup'] + side['seconds']:.3g}", f"{side['peak_gb']:.2f}"
                 lines.append("| " + " | ".join(cells) + " |")
     return lines if len(lines) > 3 else []
 

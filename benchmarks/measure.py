@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -16,17 +16,21 @@ from torch import Tensor, nn
 
 from training import cost, presets
 
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
 
 @dataclass
 class Side:
     """One way to do the work. `run` does it once; `kept` returns the tensors that stay in memory between calls.
 
-    `engine`: of another engine, whose weights are no tensors: seconds of its start-up, and GB that it keeps.
+    `engine_gb`: what another engine keeps, whose weights are no tensors. `startup`: seconds from its files to the first
+    result, less those of a later call, if measured.
     """
 
     run: Callable[[], object]
     kept: Callable[[], list[Tensor]]
-    engine: dict[str, float] = field(default_factory=dict)
+    engine_gb: float = 0.0
+    startup: float | None = None
 
 
 def tensors_of(*owners: nn.Module | torch.optim.Optimizer) -> list[Tensor]:
@@ -90,9 +94,9 @@ def measure(sides: dict[str, Side], device: str, repeats: int, seconds: float) -
         name: {
             "seconds": statistics.median(seconds for seconds, _ in values),
             "runs": [round(seconds, 5) for seconds, _ in values],
-            "peak_gb": round(max(peak for _, peak in values) + sides[name].engine.get("kept_gb", 0), 3),
+            "peak_gb": round(max(peak for _, peak in values) + sides[name].engine_gb, 3),
         }
-        | ({"startup": round(sides[name].engine["startup"], 2)} if sides[name].engine else {})
+        | ({} if sides[name].startup is None else {"startup": round(sides[name].startup, 2)})
         for name, values in runs.items()
     }
 
@@ -105,13 +109,15 @@ def count_tflop(run: Callable[[], object]) -> float:
 
 
 def machine(device: str) -> dict:
-    """What the numbers depend on: date, hardware, its measured bf16 matrix rate, versions."""
+    """What the numbers depend on: date, hardware, its measured matrix rates (on a GPU in bf16 only), versions."""
     found = {"date": date.today().isoformat(), "device": device, "threads": torch.get_num_threads()}
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     found |= {"cpu": cpu[0].split(":")[1].strip() if cpu else platform.machine(), "cores": os.cpu_count()}
     if device != "cpu":
         found["gpu"] = torch.cuda.get_device_name()
-    found["bf16_tflops"] = float(f"{cost.matrix_rate(device) / 1e12:.3g}")
+    for name, dtype in DTYPES.items():
+        if device == "cpu" or name == "bf16":
+            found[f"{name}_tflops"] = float(f"{cost.matrix_rate(device, dtype) / 1e12:.3g}")
     for package in ("torch", "transformers", "diffusers"):
         try:
             found[package] = metadata.version(package)

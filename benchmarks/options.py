@@ -7,7 +7,7 @@ from utils.cli import Parser, number, positive
 
 RESULTS = Path(__file__).parent / "results"
 WORK = ("unet-sd15", "unet-sdxl", "decode", "sample", "sample-guided", "refl", "imagerefl")
-ENGINES = ("openvino", "onnxruntime")
+ENGINES = ("openvino", "onnxruntime", "inductor")
 SIZES = ("tiny", "cpu", "gpu")
 GROUPS = "abcdef"
 
@@ -20,7 +20,13 @@ def bench_args(description: str, argv: list[str] | None = None) -> Namespace:
     add("--work", nargs="+", choices=WORK, default=WORK, help="default: all")
     add("--compile", action="store_true", help="also compiled sides, which take minutes to tune")
     add("--channels-last", action="store_true", help="also our UNets in that memory format, in the JSON file only")
-    add("--engines", nargs="+", choices=ENGINES, default=(), help="on a CPU also these (optional packages)")
+    add(
+        "--engines",
+        nargs="+",
+        choices=ENGINES,
+        default=(),
+        help="on a CPU also these (optional packages)",
+    )
     add("--dtype", choices=("float32", "bfloat16"), help="of the rows without gradients (default: by --sizes)")
     add("--threads", type=positive, help="default: all cores")
     add("--repeats", type=positive, default=7, help="maximum number of turns (default: 7)")

@@ -1,6 +1,7 @@
 """The benchmarks run, and compare with diffusers before they measure; `gpu.py` keeps its order and its time limit."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -62,6 +63,8 @@ def test_each_reward_with_random_weights_has_a_gradient(name, folders):  # noqa:
 def test_another_engine_computes_the_same(name):
     if engines.missing(name):
         pytest.skip(f"needs {', '.join(engines.missing(name))}")
+    if name == "inductor" and not shutil.which("g++"):
+        pytest.skip("needs g++")
     unet, vae = networks.unet_pair(MINI, "cpu", False)[0], networks.vae_pair(MINI_VAE, "cpu", False)[0]
     x, t = TASK.batch_of(2)["images"][:, :1, :8, :8].repeat(1, 4, 1, 1), torch.full((2,), 500)
     c = networks.conditioning(MINI, 2, "cpu", torch.float32)

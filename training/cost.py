@@ -215,10 +215,10 @@ def costs_of(args, parts: dict[str, float]) -> dict[str, float]:
     return per_image(parts, args.start) | baseline
 
 
-def matrix_rate(device: str) -> float:
-    """Measured FLOP/s of a bf16 matrix product on a device: the median of five."""
-    n = 1024 if device == "cpu" else 8192
-    a, seconds = torch.ones(n, n, device=device, dtype=torch.bfloat16), []
+def matrix_rate(device: str, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Measured FLOP/s of a matrix product on a device: the median of five."""
+    n = 2048 if device == "cpu" else 8192
+    a, seconds = torch.ones(n, n, device=device, dtype=dtype), []
     for _ in range(6):
         began = time.perf_counter()
         b = a @ a
