@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import torch
 
 from baselines import baseline_loss
+from baselines.kl import KLToBase
 from imagerefl import REFL_EVERY, imagerefl_losses
 from refl import refl_loss
 from scheduler import Scheduler, sample_noise
@@ -31,13 +32,14 @@ def main(args) -> None:
     if args.plan:
         return cost.print_plan(args)
     scheduler = Scheduler(STEPS, eta=1.0)
-    k_R, k_D = args.reward_scale, args.diffusion_scale
+    k_R, k_D, k_KL = args.reward_scale, args.diffusion_scale, args.kl_scale
     with open_run(args) as run:
         m = run.models
         vae, text, reward = m.vae, m.text, m.reward
         optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
         run.restore(optimizer)
         unet = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
+        predict = KLToBase(unet, m.base) if k_KL else unet
 
         for update in run.updates(optimizer):
             is_refl = args.method == "refl" or update % REFL_EVERY == REFL_EVERY - 1  # 3 : 1
@@ -45,18 +47,22 @@ def main(args) -> None:
                 with run.autocast():
                     c = text(prompts, run.size)
                     if args.method in BASELINES:
-                        loss = baseline_loss(run, unet, scheduler, update, x0, c, prompts, rng)
+                        loss = baseline_loss(run, predict, scheduler, update, x0, c, prompts, rng)
                     elif is_refl:
                         x_T = sample_noise(run.latent_shape(prompts), rng, args.device)
-                        l_reward = refl_loss(unet, vae, reward, scheduler, x_T, c, prompts, rng, args.shift)
+                        l_reward = refl_loss(predict, vae, reward, scheduler, x_T, c, prompts, rng, args.shift)
                         loss = k_R * l_reward
                         run.log(reward=-l_reward)
                     else:
                         l_reward, l_diffusion = imagerefl_losses(
-                            unet, vae, reward, scheduler, x0, args.start, c, prompts, rng, args.shift
+                            predict, vae, reward, scheduler, x0, args.start, c, prompts, rng, args.shift
                         )
                         loss = k_R * l_reward + k_D * l_diffusion
                         run.log(reward=-l_reward, diffusion=l_diffusion)
+                    if k_KL:
+                        l_kl = predict.loss()
+                        loss = loss + k_KL * l_kl
+                        run.log(kl=l_kl)
                 (loss / args.accumulate).backward()
             if run.gradients_are_finite():  # after all-reduce and clipping
                 optimizer.step()

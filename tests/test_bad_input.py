@@ -42,6 +42,8 @@ CASES = [
     ("train", "--method draft --gradient-steps 5-3", "5-3"),
     ("train", "--method drtune --lv-samples 1", "--lv-samples goes with --method draft"),
     ("train", "--method draft --beta 1", "--beta goes with --method dpo"),
+    ("train", "--method dpo --kl-scale 1e-3", "--kl-scale: dpo is tied to the base model by --beta"),
+    ("train", "--kl-scale -1", "--kl-scale"),
     ("train", "--method dpo --data {bad}/half_pair", "metadata.jsonl, line 2: not a JSON object with better, worse"),
     ("train", "--method dpo --data {bad}/no_pair", "absent.png"),
     ("train", "--method dpo --from-image --data {bad}/no_pair", "file_name and text"),

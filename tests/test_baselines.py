@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401, F811 - fixtures
 
+import copy
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ from baselines.dpo import dpo_loss, ranked_pairs
 from baselines.draft import draft_loss
 from baselines.drtune import drtune_loss, trained_steps
 from baselines.from_image import noised_image
+from baselines.kl import KLToBase
 from combined import conditional
 from pretrained.configs import unet_config
 from refl import score_latents
@@ -284,6 +286,36 @@ def test_three_updates_of_four_start_from_an_image(method, flags, from_image, un
     assert all("reward" in values for values in logged)
 
 
+# ------------------------------------------------------------------------------------------------ KL to the base
+
+
+def test_the_kl_is_the_squared_difference_from_the_base_in_calls_with_gradients(unet):
+    """Zero at the base, without a change of predictions; its gradient equals finite differences."""
+    unet, base = unet.double(), copy.deepcopy(unet).double().requires_grad_(False)
+    tied, x_t = KLToBase(unet, base), X_T[:2].double()
+    c = {"context": CONDITIONING["context"].double()}
+    assert torch.equal(tied(x_t, 226, **c), unet(x_t, 226, **c)) and tied.loss().item() == 0
+    with torch.no_grad():
+        unet.conv_out.weight.add_(0.01)
+        tied(x_t, 500, **c)
+    assert tied.terms == []
+
+    def expected(t: int) -> float:
+        with torch.no_grad():
+            return (unet(x_t, t, **c) - base(x_t, t, **c)).square().mean().item()
+
+    tied(x_t, 226, **c), tied(x_t, 1, **c)
+    assert tied.loss().item() == pytest.approx((expected(226) + expected(1)) / 2, rel=1e-5)
+
+    @torch.enable_grad()
+    def value() -> torch.Tensor:
+        tied(x_t, 226, **c)
+        return tied.loss()
+
+    assert_finite_differences(value, unet.conv_out.bias, step=1e-3, rel=1e-3)
+    assert all(p.grad is None for p in base.parameters())
+
+
 # ------------------------------------------------------------------------------------------------ cost and flags
 
 
@@ -298,6 +330,9 @@ def test_three_updates_of_four_start_from_an_image(method, flags, from_image, un
         (["dpo", "--gradient-steps", "1"], 2 * (40 + 3.25 + 3 + 1)),
         (["draft", "--from-image"], (3 * (2 + 3 + 7 + 9 + 6.5) + 52.5) / 4),
         (["drtune", "--from-image"], (3 * (2 + 3 + 1.5 + 4 * 3 + 6.5) + 52) / 4),
+        (["draft", "--kl-scale", "1"], 37 + 3 * 4 + 6.5),
+        (["refl", "--kl-scale", "1"], 34.5 + 4 + 6.5),
+        (["imagerefl", "--kl-scale", "1"], (3 * (2 + 3.6 + 4 + 4 + 6.5) + 34.5 + 4 + 6.5) / 4),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -305,7 +340,8 @@ def test_the_cost_of_an_image_adds_up(flags, expected):
     names = ("UNet forward", "UNet with gradients", "decode with gradients", "encode", "reward with gradients")
     args = options.parse_args(["--method", *flags])
     options.resolve(args, options.presets.TINY)
-    assert cost.baseline_cost(args, dict(zip(names, (1, 3, 6, 2, 0.5), strict=True))) == pytest.approx(expected)
+    costs = cost.costs_of(args, dict(zip(names, (1, 3, 6, 2, 0.5), strict=True)))
+    assert costs["3:1 mix" if args.method == "imagerefl" else args.method] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +354,7 @@ def test_the_cost_of_an_image_adds_up(flags, expected):
         ),
         pytest.param(["drtune", "--from-image"], 0, marks=pytest.mark.slow),
         (["dpo"], 1),
+        (["refl", "--kl-scale", "1"], 1),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -394,6 +431,17 @@ def test_a_run_trains_and_saves_what_the_other_commands_read(flags, method, swit
     assert method_and_path(str(tmp_path / "run")) == (method, str(tmp_path / "run"))
     args = sample.parse_args(["--checkpoint", str(tmp_path / "run"), "--output-dir", str(tmp_path / "samples")])
     assert sample.resolve(args) == [0.0] * switch + [1.0] * (40 - switch)
+
+
+@pytest.mark.parametrize("flags", [["refl"], ["imagerefl", "--lora", "2"], ["drtune"]], ids=lambda flags: flags[0])
+def test_a_kl_holds_the_model_near_the_base(flags, base, tmp_path, fast):
+    """It is zero in the first update and smaller afterwards than where it weighs nothing."""
+    last = []
+    for scale in ("1e-9", "1e3"):
+        rows = run(base, tmp_path / scale, "--steps", "6", "--kl-scale", scale, "--lr", "1e-3", "--method", *flags)
+        assert rows[0]["kl"] < 1e-9 and all(row["kl"] > 1e-9 for row in rows[1:])
+        last.append(rows[-1]["kl"])
+    assert last[1] < 0.8 * last[0]
 
 
 def test_dpo_learns_from_a_folder_of_pairs(base, tmp_path, fast, monkeypatch, capsys):

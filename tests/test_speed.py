@@ -482,7 +482,7 @@ def test_reading_a_value_of_a_tensor_without_data_is_an_error():
         x + 1
 
 
-PLAIN = {"from_image": False}  # flags of baselines/ that are not given
+PLAIN = {"from_image": False, "kl_scale": 0.0}  # flags of baselines/ that are not given
 
 
 def test_memory_of_any_number_of_images_from_one_micro_batch(folders):  # noqa: F811

@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = parser.parse(argv)
     args.given = parser.given(argv)
     unused = {"reward": None, "judge": None, "monitor": None, "dino": None, "stop_on_collapse": False, "shard": False}
-    unused |= {"compile": False, "plan": False, "text_on_cpu": False, "start": None, "shift": None}
+    unused |= {"compile": False, "plan": False, "text_on_cpu": False, "start": None, "shift": None, "kl_scale": 0.0}
     vars(args).update(unused | {"method": "diffusion"})
     return args
 

@@ -24,6 +24,7 @@ import vae as vaes
 import weights
 from baselines.dpo import dpo_loss, ranked_pairs
 from baselines.draft import draft_loss
+from baselines.kl import KLToBase
 from imagerefl import REFL_EVERY
 from pretrained import lora, preprocess, reward_files, reward_networks
 from pretrained.configs import unet_config, unet_dict, vae_config
@@ -168,9 +169,9 @@ def flops(args, unet: UNetConfig, vae: VAEConfig) -> dict[str, float]:
     return parts
 
 
-def per_image(parts: dict[str, float], start: int = 30) -> dict[str, float]:
-    """Mean FLOPs per image of an update of each method. `start`: step index of t'."""
-    steps = len(SCHEDULER.steps)
+def per_image(parts: dict[str, float], start: int = 30, kl: bool = False) -> dict[str, float]:
+    """Mean FLOPs per image of an update of each method. `start`: step index of t'; `kl`: with --kl-scale."""
+    steps, parts = len(SCHEDULER.steps), with_kl(parts) if kl else parts
 
     def no_grad_steps(first: int, lowest_t_f: int) -> float:
         """FLOPs of denoising from step `first` to t_f, averaged over t_f in lowest_t_f..steps - 1."""
@@ -186,8 +187,14 @@ def per_image(parts: dict[str, float], start: int = 30) -> dict[str, float]:
     return costs
 
 
+def with_kl(parts: dict[str, float]) -> dict[str, float]:
+    """Parts in which each call with gradients comes with one of the base model."""
+    return parts | {"UNet with gradients": parts["UNet with gradients"] + parts["UNet forward"]}
+
+
 def baseline_cost(args, parts: dict[str, float]) -> float:
     """Mean FLOPs per image of an update of DRaFT, DRTune or DPO; with --from-image of its mix of updates."""
+    parts = with_kl(parts) if args.kl_scale else parts
     T, forward, gradients = len(SCHEDULER.steps), parts["UNet forward"], parts["UNet with gradients"]
     scoring = parts["decode with gradients"] + parts["reward with gradients"]
 
@@ -212,7 +219,7 @@ def baseline_cost(args, parts: dict[str, float]) -> float:
 def costs_of(args, parts: dict[str, float]) -> dict[str, float]:
     """`per_image`, and the method of the run if it is a baseline."""
     baseline = {args.method: baseline_cost(args, parts)} if args.method in presets.BASELINES else {}
-    return per_image(parts, args.start) | baseline
+    return per_image(parts, args.start, bool(args.kl_scale)) | baseline
 
 
 def matrix_rate(device: str, dtype: torch.dtype = torch.bfloat16) -> float:
@@ -319,6 +326,7 @@ class MemoryModel:
 
 def fake_loss(args, m: FakeNetworks, unet: Callable, x: Tensor, c: dict) -> Tensor:
     """The loss of a micro-batch, from where activations are kept on."""
+    unet = KLToBase(unet, unet) if args.kl_scale else unet
     loss, inputs = 0, (unet, m.vae, m.reward, SCHEDULER)
     K = number_range(args.gradient_steps)[-1] if args.method in presets.BASELINES else 0
     if args.method == "dpo":
@@ -332,7 +340,7 @@ def fake_loss(args, m: FakeNetworks, unet: Callable, x: Tensor, c: dict) -> Tens
     elif args.method == "dpo":
         x, _ = ranked_pairs(*inputs, x, STEPS - 1, c, [], None)
         loss = loss + dpo_loss(unet, unet, SCHEDULER, x, c, None, K=K)
-    return loss
+    return loss + unet.loss() if args.kl_scale else loss
 
 
 def best_settings(args, memory: MemoryModel, gigabytes: float, known: dict) -> tuple | None:

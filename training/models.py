@@ -74,7 +74,7 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
 
 def calls_base(args: Namespace) -> bool:
     """Whether the loss calls the base model, so that it stays on the device."""
-    return args.method == "dpo"
+    return args.method == "dpo" or bool(args.kl_scale)
 
 
 def load_frozen(args: Namespace, preset: presets.Preset | None) -> Models:

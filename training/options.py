@@ -92,6 +92,10 @@ def add_method(parser: Parser) -> None:
         "--diffusion-scale", type=number(float, 0), default=1e-5, metavar="K_D",
         help="k_D, weight of ImageReFL's diffusion loss (default: 1e-5)",
     )  # fmt: skip
+    add(
+        "--kl-scale", type=number(float, 0), default=0.0, metavar="K_KL",
+        help="weight of the squared difference from the base model's predictions, against collapse (default: 0)",
+    )  # fmt: skip
     add("--start", type=int, metavar="I", help="step index of t', of 40 (default: 30, SDXL 35)")
     add(
         "--shift", type=number(int, 0), metavar="PIXELS",
@@ -189,6 +193,8 @@ def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
         defaults = {"draft": "3", "drtune": "5", "dpo": f"{preset.dpo_draws}"}
         args.gradient_steps = args.gradient_steps or defaults[args.method]
     if args.method == "dpo":
+        if args.kl_scale:
+            raise ValueError("--kl-scale: dpo is tied to the base model by --beta")
         args.lr = preset.dpo_lr if args.lr is None else args.lr
         args.beta = preset.dpo_beta if args.beta is None else args.beta
 

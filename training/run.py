@@ -110,7 +110,7 @@ class Run:
         with cli.catch_signals() as self.signals, closing(self.stream):
             self.bar = tqdm(left, args.method, args.steps, initial=first, unit="update", disable=not main)
             for update in self.bar:
-                began, self.values, self.logged = time.time(), {}, []
+                began, self.values, self.logged = time.time(), {}, {}
                 if args.device != "cpu":
                     torch.cuda.reset_peak_memory_stats()
                 for group in optimizer.param_groups:
@@ -181,7 +181,8 @@ class Run:
 
     def log(self, **values: Tensor) -> None:
         """Values of a micro-batch for log.jsonl, which averages them over the update."""
-        self.logged.append({key: value.detach() for key, value in values.items()})
+        for key, value in values.items():
+            self.logged.setdefault(key, []).append(value.detach())
 
     @property
     def kind(self) -> str:
@@ -191,13 +192,13 @@ class Run:
     @torch.no_grad()
     def gradients_are_finite(self) -> bool:
         """All-reduce gradients and logged values, clip, and return True if all of them are finite."""
-        args, keys, main = self.args, list(self.logged[0]), distributed.is_main_process()
+        args, main = self.args, distributed.is_main_process()
         if not args.shard:
             distributed.all_reduce(p.grad for p in self.models.parameters)
-        sums = [sum(values[key].item() for values in self.logged) for key in keys]
+        sums = [sum(value.item() for value in values) for values in self.logged.values()]
         late = main and time.time() - self.saved >= 60 * (args.save_minutes or math.inf)
         *sums, stop, late = distributed.all_reduce_sum([*sums, len(self.signals), late], args.device)
-        self.values = {key: value / args.accumulate for key, value in zip(keys, sums, strict=True)}
+        self.values = {key: value / args.accumulate for key, value in zip(self.logged, sums, strict=True)}
         norm = torch.nn.utils.clip_grad_norm_(self.models.parameters, args.max_grad_norm or math.inf)
         self.values["grad_norm"] = distributed.gather(norm).item()
         self.stopped, self.late = bool(stop), bool(late)
@@ -276,7 +277,7 @@ class Run:
 
 @torch.no_grad()
 def predicted_minutes(run: Run, updates: int) -> float:
-    """From one timed forward pass of the UNet; the factors are ratios of FLOPs (`cost.per_image`), decoder included."""
+    """From one timed forward pass of the UNet; the factors are ratios of FLOPs (`cost.costs_of`), decoder included."""
     args, prompts = run.args, ["a"] * run.args.batch_size
     x = sample_noise(run.latent_shape(prompts), generator_of(args.seed), args.device)
     for _ in range(2):  # the first call sets libraries up
@@ -284,8 +285,7 @@ def predicted_minutes(run: Run, updates: int) -> float:
         with run.autocast():
             run.models.unet(x, 226, **run.models.text(prompts, run.size)).sum().item()
         seconds = time.perf_counter() - began
-    passes = {"diffusion": 3, "refl": 46, "imagerefl": (3 * 18 + 46) / 4}.get(args.method)
-    passes = passes or cost.baseline_cost(args, cost.RATIOS)
+    passes = cost.costs_of(args, cost.RATIOS)["3:1 mix" if args.method == "imagerefl" else args.method]
     sampled = len(run.prompts) * monitor.SEEDS * (3 * STEPS + STEPS / 4) / args.batch_size if run.models.reward else 0
     micro_batches = updates * args.accumulate / distributed.world_size
     return (micro_batches * passes + sampled) * seconds / 60
