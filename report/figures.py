@@ -80,16 +80,22 @@ def along_training(run: Path) -> Image.Image:
 
 
 def over_training(runs: list[Path]) -> str:
-    """Figure 2: what `--monitor` measured over the updates, a line per run. Raises NothingToDraw without any."""
+    """Figure 2: what `--monitor` measured over the updates. Raises NothingToDraw without any.
+
+    A line per run, named after its method, or after its folder where several runs have the same method.
+    """
     lines: dict[str, dict[str, list]] = {}  # key -> run -> points
-    for run in runs:
-        about, log = read_log(run)
+    found = {run: read_log(run) for run in runs}
+    methods = {run: about.get("args", {}).get("method") for run, (about, _) in found.items()}
+    for run, (about, log) in found.items():
+        alone = list(methods.values()).count(methods[run]) == 1
+        name = METHODS.get(methods[run], run.name) if alone else run.name
         for key in dict.fromkeys(key for row in log for key in row if key.startswith("monitor_")):
             first = about.get("monitor", {}).get(key.removeprefix("monitor_"))
             points = [(0, mean(first), None)] if first else []
             points += [(row["update"], row[key], None) for row in log if key in row]
             if len(points) > 1:
-                lines.setdefault(key, {})[run.name] = points
+                lines.setdefault(key, {})[name] = points
     titles = {key: (f"Reward {key.removeprefix('monitor_')}, held out", "higher") for key in lines} | MONITORED
     panels = [Panel(*titles[key], own) for key, own in lines.items()]
     if not panels:

@@ -72,6 +72,12 @@ def test_figure_2_has_a_panel_per_quantity_and_a_line_per_run(tmp_path):
         assert up[-1][1] < up[1][1] and down[-1][1] > down[1][1]  # larger values are further up
         assert up[-1][0] - up[1][0] == pytest.approx(4 * (up[2][0] - up[1][0]), abs=0.5)
     assert "refl</text>" in svg and "imagerefl</text>" in svg
+    for run in runs:
+        about = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(about | {"args": {"method": run.name}}))
+    assert ">ReFL</text>" in (svg := figures.over_training(runs)) and ">ImageReFL</text>" in svg
+    (runs[0] / "run.json").write_text(json.dumps(about | {"args": {"method": "imagerefl"}}))
+    assert ">refl</text>" in (svg := figures.over_training(runs)) and ">imagerefl</text>" in svg  # two of one method
     (tmp_path / "refl" / "log.jsonl").write_text('{"update": 1, "reward": 0.5}\n')
     (tmp_path / "refl" / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="--monitor N"):
