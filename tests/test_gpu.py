@@ -79,7 +79,11 @@ def test_a_run_on_a_gpu_equals_one_on_the_cpu(tmp_path, flags):
 
 @pytest.mark.parametrize(
     "method, more",
-    [("imagerefl", ["--lora", 4, "--checkpointing", "--text-on-cpu"]), ("diffusion", ["--ema", 0.9, "--snr-gamma", 5])],
+    [
+        ("imagerefl", ["--lora", 4, "--checkpointing", "--text-on-cpu"]),
+        ("refl", ["--kl-scale", 1e-3]),
+        ("diffusion", ["--ema", 0.9, "--snr-gamma", 5]),
+    ],
 )
 def test_a_bf16_micro_batch_never_synchronises_with_the_gpu(tmp_path, flags, method, more):
     script = "tiny/pretrain.py"
