@@ -93,6 +93,13 @@ GROUPS = {
         REFL,
         *(Variant(f"t_f-{n}", f"ReFL, t_f in the last {n}", ("refl",), (f"refl.T_MAX={n}",)) for n in (5, 20)),
     ),
+    "k_KL": tuple(
+        plain
+        if k is None
+        else Variant(f"{plain.name}-kl-{k}", f"{plain.title}, k_KL = {k}", (plain.name, "--kl-scale", k))
+        for plain in (IMAGEREFL, REFL)
+        for k in (None, "3e-4", "1e-3")
+    ),
 }
 SET_CONSTANTS = """
 import importlib, runpy, sys

@@ -56,7 +56,7 @@ def seeds(text: str) -> list[int]:
 def ablation_args(description: str, argv: list[str] | None = None) -> Namespace:
     parser = Parser(description)
     add = parser.add_argument
-    add("--groups", default="methods,k_D,mix,start,t_f", help="default: all of them")
+    add("--groups", default="methods,k_D,mix,start,t_f,k_KL", help="default: all of them")
     add("--seeds", type=seeds, default=[1, 2, 3], metavar="N,N", help="training seeds (default: 1,2,3)")
     add("--updates", type=positive, default=75, help="ReFL updates whose arithmetic is the budget (default: 75)")
     add("--stages", type=positive, default=4, help="checkpoints that are evaluated, an even number (default: 4)")
