@@ -38,8 +38,8 @@ def main(args) -> None:
         vae, text, reward = m.vae, m.text, m.reward
         optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
         run.restore(optimizer)
-        unet = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
-        predict = KLToBase(unet, m.base) if k_KL else unet
+        fast = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
+        unet = KLToBase(fast, m.base) if k_KL else fast
 
         for update in run.updates(optimizer):
             is_refl = args.method == "refl" or update % REFL_EVERY == REFL_EVERY - 1  # 3 : 1
@@ -47,20 +47,20 @@ def main(args) -> None:
                 with run.autocast():
                     c = text(prompts, run.size)
                     if args.method in BASELINES:
-                        loss = baseline_loss(run, predict, scheduler, update, x0, c, prompts, rng)
+                        loss = baseline_loss(run, unet, scheduler, update, x0, c, prompts, rng)
                     elif is_refl:
                         x_T = sample_noise(run.latent_shape(prompts), rng, args.device)
-                        l_reward = refl_loss(predict, vae, reward, scheduler, x_T, c, prompts, rng, args.shift)
+                        l_reward = refl_loss(unet, vae, reward, scheduler, x_T, c, prompts, rng, args.shift)
                         loss = k_R * l_reward
                         run.log(reward=-l_reward)
                     else:
                         l_reward, l_diffusion = imagerefl_losses(
-                            predict, vae, reward, scheduler, x0, args.start, c, prompts, rng, args.shift
+                            unet, vae, reward, scheduler, x0, args.start, c, prompts, rng, args.shift
                         )
                         loss = k_R * l_reward + k_D * l_diffusion
                         run.log(reward=-l_reward, diffusion=l_diffusion)
                     if k_KL:
-                        l_kl = predict.loss()
+                        l_kl = unet.loss()
                         loss = loss + k_KL * l_kl
                         run.log(kl=l_kl)
                 (loss / args.accumulate).backward()
@@ -68,7 +68,7 @@ def main(args) -> None:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        if run.save_result(unet):
+        if run.save_result(fast):
             base_steps = run.preset.switch[method_name(args)]
             rows = {"base": STEPS, "tuned": 0, f"--switch {base_steps}": base_steps}  # name -> steps of the base model
             table = monitor.summarise(monitor.evaluate(run, list(rows.values())), list(rows))
