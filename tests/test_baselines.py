@@ -433,7 +433,15 @@ def test_a_run_trains_and_saves_what_the_other_commands_read(flags, method, swit
     assert sample.resolve(args) == [0.0] * switch + [1.0] * (40 - switch)
 
 
-@pytest.mark.parametrize("flags", [["refl"], ["imagerefl", "--lora", "2"], ["drtune"]], ids=lambda flags: flags[0])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["refl"],
+        pytest.param(["imagerefl", "--lora", "2"], marks=pytest.mark.slow),
+        pytest.param(["drtune"], marks=pytest.mark.slow),
+    ],
+    ids=lambda flags: flags[0],
+)
 def test_a_kl_holds_the_model_near_the_base(flags, base, tmp_path, fast):
     """It is zero in the first update and smaller afterwards than where it weighs nothing."""
     last = []
