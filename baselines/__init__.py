@@ -11,6 +11,7 @@
 | Diffusion-DPO (`dpo.py`) | two samples, of which it prefers one | none; the loss draws K timesteps | a noised sample |
 
 With `--from-image` they do as ImageReFL does (`from_image.py`): start from noised real images, three updates of four.
+With `--kl-scale` predictions that differ from the base model's cost (`kl.py`), in ReFL and ImageReFL, too.
 """
 
 import torch

@@ -1,8 +1,10 @@
-"""Make the pictures of the documents from the tiny base and two default runs.
+"""Make the pictures of the documents from the tiny base and four runs.
 
 python train.py --method imagerefl
 python train.py --method refl --reward tiny
-python docs/make_pictures.py       # docs/main.png, tiny/sheet.png
+python train.py --reward tiny --steps 56 --output-dir runs/collapsed
+python train.py --reward tiny --steps 52 --kl-scale 3e-4 --output-dir runs/held
+python docs/make_pictures.py       # docs/main.png, docs/results/collapse.png, tiny/sheet.png
 """
 
 import sys
@@ -30,19 +32,32 @@ def sample(checkpoint: str | None, switch: int, prompts: list[str], seeds: list[
     return to_pil(generate(base, tuned, vae, text, Scheduler(40), mixture, prompts, seeds, size, presets.TINY.guidance))
 
 
+def compare(rows: dict[str, tuple], prompts: list[str], path: Path) -> None:
+    """A row per model and switch: the same prompts, and four seeds of each."""
+    seeds = [1, 2, 3, 4]
+    asked, all_seeds = [p for p in prompts for _ in seeds], seeds * len(prompts)
+    pictures = [sample(*row, asked, all_seeds) for row in rows.values()]
+    heads = [p if seed == seeds[0] else "" for p in prompts for seed in seeds]
+    save_png(grid(pictures, list(rows), heads, cell=72), path)
+
+
 def main() -> None:
     torch.manual_seed(0)
-    prompts, seeds = ["octopus", "fox", "strawberry", "butterfly"], [1, 2, 3, 4]
-    asked, all_seeds = [p for p in prompts for _ in seeds], seeds * len(prompts)
-    rows = {
-        "base model": sample(None, 40, asked, all_seeds),
-        "ImageReFL, --switch 30": sample(f"{RUNS}/imagerefl-tiny", 30, asked, all_seeds),
-        "ImageReFL alone": sample(f"{RUNS}/imagerefl-tiny", 0, asked, all_seeds),
-        "ReFL on a learned reward, --switch 10": sample(f"{RUNS}/refl-tiny", 10, asked, all_seeds),
-        "ReFL alone": sample(f"{RUNS}/refl-tiny", 0, asked, all_seeds),
+    main_rows = {
+        "base model": (None, 40),
+        "ImageReFL, --switch 30": (f"{RUNS}/imagerefl-tiny", 30),
+        "ImageReFL alone": (f"{RUNS}/imagerefl-tiny", 0),
+        "ReFL on a learned reward, --switch 10": (f"{RUNS}/refl-tiny", 10),
+        "ReFL alone": (f"{RUNS}/refl-tiny", 0),
     }
-    heads = [f"{p}" if seed == seeds[0] else "" for p in prompts for seed in seeds]
-    save_png(grid(list(rows.values()), list(rows), heads, cell=72), ROOT / "docs" / "main.png")
+    compare(main_rows, ["octopus", "fox", "strawberry", "butterfly"], ROOT / "docs" / "main.png")
+    collapse_rows = {
+        "base model": (None, 40),
+        "ImageReFL alone": (f"{RUNS}/collapsed", 0),
+        "ImageReFL, --switch 30": (f"{RUNS}/collapsed", 30),
+        "--kl-scale 3e-4, alone": (f"{RUNS}/held", 0),
+    }
+    compare(collapse_rows, ["octopus", "fox", "ghost", "pizza"], ROOT / "docs" / "results" / "collapse.png")
 
     emoji = EmojiSet(seed=7)
     shown = [emoji.describe(i) for i in range(48)]
