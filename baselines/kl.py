@@ -3,7 +3,7 @@
     L_KL = mean (eps_theta(x_t, t, c) - eps_theta_0(x_t, t, c))^2
 
 theta_0 is the base model. The KL divergence between the two models' denoising steps is this mean times a factor that
-depends on t alone, which DRaFT+ leaves out. Fan et al. 2023 (arXiv 2305.16381), Clark et al. 2023 (arXiv 2309.17400).
+depends on t alone, which DRaFT+ leaves out. DPOK: Fan et al. 2023 (arXiv 2305.16381); DRaFT+: NVIDIA's NeMo-Aligner.
 """
 
 import torch
