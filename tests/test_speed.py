@@ -409,6 +409,7 @@ def test_the_cost_of_an_image_adds_up():
     assert costs["refl"] == 34.5 + 3 + 6 + 0.5
     assert costs["imagerefl"] == 2 + 3.6 + 3 + 6 + 0.5 + 3
     assert costs["3:1 mix"] == (3 * costs["imagerefl"] + costs["refl"]) / 4
+    assert cost.mixed(2.0, 7.0) == 3.25
 
 
 @pytest.mark.slow

@@ -183,8 +183,13 @@ def per_image(parts: dict[str, float], start: int = 30, kl: bool = False) -> dic
         last = parts["UNet with gradients"] + parts["decode with gradients"] + parts["reward with gradients"]
         costs["refl"] = no_grad_steps(0, steps - T_MAX) + last
         costs["imagerefl"] = parts["encode"] + no_grad_steps(start + 1, start) + last + parts["UNet with gradients"]
-        costs["3:1 mix"] = ((REFL_EVERY - 1) * costs["imagerefl"] + costs["refl"]) / REFL_EVERY
+        costs["3:1 mix"] = mixed(costs["imagerefl"], costs["refl"])
     return costs
+
+
+def mixed(from_image: float, from_noise: float) -> float:
+    """The mean over updates that start from images and the one of `REFL_EVERY` that starts from noise."""
+    return from_image + (from_noise - from_image) / REFL_EVERY
 
 
 def with_kl(parts: dict[str, float]) -> dict[str, float]:
@@ -213,7 +218,7 @@ def baseline_cost(args, parts: dict[str, float]) -> float:
     if not args.from_image:
         return update(0)
     from_image = parts["encode"] + gradients + update(args.start)
-    return ((REFL_EVERY - 1) * from_image + update(0)) / REFL_EVERY
+    return mixed(from_image, update(0))
 
 
 def costs_of(args, parts: dict[str, float]) -> dict[str, float]:
