@@ -93,12 +93,14 @@ GROUPS = {
         REFL,
         *(Variant(f"t_f-{n}", f"ReFL, t_f in the last {n}", ("refl",), (f"refl.T_MAX={n}",)) for n in (5, 20)),
     ),
-    "k_KL": tuple(
-        plain
-        if k is None
-        else Variant(f"{plain.name}-kl-{k}", f"{plain.title}, k_KL = {k}", (plain.name, "--kl-scale", k))
-        for plain in (IMAGEREFL, REFL)
-        for k in (None, "3e-4", "1e-3")
+    "k_KL": (
+        IMAGEREFL,
+        *(
+            Variant(f"imagerefl-kl-{k}", f"ImageReFL, k_KL = {k}", ("imagerefl", "--kl-scale", k))
+            for k in ("3e-4", "1e-3")
+        ),
+        REFL,
+        *(Variant(f"refl-kl-{k}", f"ReFL, k_KL = {k}", ("refl", "--kl-scale", k)) for k in ("3e-4", "1e-3")),
     ),
 }
 SET_CONSTANTS = """

@@ -446,10 +446,10 @@ def test_a_kl_holds_the_model_near_the_base(flags, base, tmp_path, fast):
     """It is zero in the first update and smaller afterwards than where it weighs nothing."""
     last = []
     for scale in ("1e-9", "1e3"):
-        rows = run(base, tmp_path / scale, "--steps", "6", "--kl-scale", scale, "--lr", "1e-3", "--method", *flags)
+        rows = run(base, tmp_path / scale, "--steps", "10", "--kl-scale", scale, "--lr", "1e-3", "--method", *flags)
         assert rows[0]["kl"] < 1e-9 and all(row["kl"] > 1e-9 for row in rows[1:])
         last.append(rows[-1]["kl"])
-    assert last[1] < 0.9 * last[0]
+    assert last[1] < 0.8 * last[0]
 
 
 def test_dpo_learns_from_a_folder_of_pairs(base, tmp_path, fast, monkeypatch, capsys):

@@ -193,7 +193,7 @@ def bold(results: dict, column: str = "Diversity ↑") -> list[str]:
 
 def set_diversity(results: dict, *values: tuple[float, float | None]) -> dict:
     """The diversity of the table's rows: base, ReFL, AIG, Combined, ImageReFL."""
-    for point, pair in zip([p for p in results["points"] if p["row"]], values, strict=False):
+    for point, pair in zip([p for p in results["points"] if p["row"]], values, strict=True):
         point["values"]["diversity"] = list(pair)
     return results
 

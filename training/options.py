@@ -94,7 +94,7 @@ def add_method(parser: Parser) -> None:
     )  # fmt: skip
     add(
         "--kl-scale", type=number(float, 0), default=0.0, metavar="K_KL",
-        help="weight of the squared difference from the base model's predictions, against collapse (default: 0)",
+        help="k_KL, weight of the squared difference from the base model's predictions, against collapse (default: 0)",
     )  # fmt: skip
     add("--start", type=int, metavar="I", help="step index of t', of 40 (default: 30, SDXL 35)")
     add(
