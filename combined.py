@@ -14,7 +14,7 @@ from scheduler import Generators, Predictor, Scheduler, expand_timesteps, sample
 
 
 def combined_weights(steps: int, base_steps: int) -> list[float]:
-    """Eq. (3) as weights of the tuned model: theta_0 takes the first `base_steps` steps, theta the last T'.
+    """Eq. (3) as weights of the tuned model, 0 or 1: theta_0 takes the first `base_steps` steps, theta the last T'.
 
     t counts down from T as in the paper, so T' = steps - base_steps. Raises ValueError unless 0 <= base_steps <= steps.
     """
@@ -25,7 +25,7 @@ def combined_weights(steps: int, base_steps: int) -> list[float]:
 
 
 def aig_weights(steps: int, lambda_: float = 1.0) -> list[float]:
-    """AIG: w_i = (i / T)^lambda, from the base model towards the tuned one.
+    """AIG: w_i = (i / T)^lambda for step index i = 0 .. T - 1, from the base model towards the tuned one.
 
     Annealed Importance Guidance of Jena et al. 2024; the paper calls it Artificially-Inspired Guidance. Raises
     ValueError for a negative lambda.

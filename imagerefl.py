@@ -1,8 +1,8 @@
-"""ImageReFL (Section 4.3 of the paper): reward fine-tuning that starts from real images, which preserves diversity.
+"""ImageReFL (Section 4.3 of the paper): reward fine-tuning that starts from real images, meant to preserve diversity.
 
 A real image noised to t' is denoised without gradients to a step t_f, drawn from t' to the last step; from there x0 is
-predicted with gradients, as in ReFL. A diffusion loss on the same noised image regularises, and so does every fourth
-update, a ReFL update.
+predicted with gradients, as in ReFL. A diffusion loss on the same noised image is added. train.py makes every fourth
+update a ReFL update instead. What of it holds on the tiny base: docs/results.md.
 """
 
 import torch
@@ -33,7 +33,7 @@ def imagerefl_losses(
     """
     t = scheduler.timesteps[t_prime]
     eps = sample_noise(x0.shape, generator, x0.device)
-    x_t_prime = scheduler.add_noise(x0, eps, t)
+    x_t_prime = scheduler.add_noise(x0, eps, t)  # x_t' of Eqs. (4) and (5)
     eps_theta = unet(x_t_prime, t, **c)
     l_diffusion = diffusion_loss(eps_theta, eps).mean()  # Eq. (5)
 

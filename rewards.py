@@ -27,7 +27,7 @@ SCALE = {
     "hpsv2.1": (0.0, 1.0),  # a cosine, 0.15 to 0.40
     "hpsv2.0": (0.0, 1.0),
     "pickscore": (-20.0, 0.1),  # 20 -> 0, 22 -> 0.2, 30 -> 1
-    # ImageReward's own standardisation. The paper's code multiplies where this divides, and never trains on it.
+    # ImageReward's own standardisation, (r - mean) / std. The official code multiplies by std instead.
     "imagereward": (-0.16717362830052426, 1 / 1.0333394966054072),
     "mps": (0.0, 0.1),  # 10 -> 1; good images exceed it
     "clipscore": (0.0, 1.0),  # a cosine, about 0.3

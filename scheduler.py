@@ -40,6 +40,8 @@ class Scheduler:
         self.timesteps = [TRAIN_STEPS // steps * i + 1 for i in reversed(range(steps))]
         self.steps = range(steps)
 
+        # DDIM: x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - c^2) eps + c eps_hat, where x0 is predict_x0(x_t, eps, t).
+        # The factor of x_t in it is a, that of eps is b.
         abar_t = self.abar[self.timesteps]
         abar_s = torch.cat([abar_t[1:], torch.ones(1, dtype=torch.float64)])  # s: the next, less noisy timestep
         self.c = eta * ((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)).sqrt()  # 0 at the last step

@@ -103,7 +103,7 @@ def add_method(parser: Parser) -> None:
     )  # fmt: skip
     add("--resolution", type=positive, help="image side in pixels (default: 512, tiny 64)")
     add("--lora", type=positive, metavar="RANK", help="train low-rank adapters instead of the whole UNet")
-    add_optimizer(parser, "ImageReFL 4000, others 2000; tiny: 60, others 30")
+    add_optimizer(parser, "ImageReFL 4000, others 2000; tiny: 30")
 
 
 def steps_range(text: str) -> str:
