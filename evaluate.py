@@ -101,7 +101,7 @@ def main(args) -> dict:
     jobs = [(p, args.seed + k) for p in range(len(prompts)) for k in range(args.images_per_prompt)]
     points = points_of(args, row.switch, prompts)
     held_out_clip, concepts = (presets.FEATURES, EmojiSet().concepts) if row is presets.TINY else (None, [])
-    scorers, how = scorers_for(args, held_out_clip, concepts)
+    scorers, how = scorers_for(args, held_out_clip, concepts, prompts)
     real, floor = real_features(args, jobs, scorers)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)  # the points' folders are relative to it, with `..` to shared ones

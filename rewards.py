@@ -59,6 +59,9 @@ class Reward:
         with torch.autocast(images.device.type, enabled=False):
             return self.network(self.prepare(images, self.size), *self.text(prompts, images.device))
 
+    def check(self, prompts: list[str]) -> None:
+        """Raises ValueError for prompts that it cannot score; networks score any."""
+
     def rescale(self, raw):
         """Raw scores -> about [0, 1], the scale of the loss."""
         return (raw + self.offset) * self.factor

@@ -7,6 +7,7 @@ one PNG per image, with its settings as metadata, and a labelled grid.
 """
 
 from argparse import Namespace
+from itertools import product
 from pathlib import Path
 
 from training import presets
@@ -100,7 +101,7 @@ def resolve(args: Namespace) -> list[float]:
     if args.switch is None:
         method = known.get("method")
         switch = preset.switch.get(method, 0 if method == "diffusion" else preset.switch["imagerefl"])
-        args.switch = round(switch * args.steps / 40)
+        args.switch = presets.switch_at(switch, args.steps)
     if args.guidance is None:
         args.guidance = preset.guidance if args.aig is None else 1.0  # the official AIG guides neither model
     args.device = choose_device(args.device)
@@ -144,11 +145,13 @@ def output_folder(args: Namespace) -> str:
     names = [args.output_dir] if args.output_dir else ["samples", *(f"samples-{i}" for i in range(2, 10_000))]
     name = next((name for name in names if not (Path(name) / "grid.png").exists()), names[0])
     cli.check_writable(Path(name))
-    n = args.images_per_prompt
-    ours = {f"{i:05d}-{args.seed + k}.png" for i in range(len(args.prompts)) for k in range(n)}
-    left = sorted({path.name for path in Path(name).glob("[0-9]*-*.png")} - ours)
+    places = product(range(len(args.prompts)), range(args.images_per_prompt))
+    ours = {image_path(Path(name), *place, args) for place in places}
+    left = sorted({path for kind in ("*-*.png", "*/samples/*.png") for path in Path(name).glob("[0-9]" + kind)} - ours)
     if left:
-        raise ValueError(f"--output-dir {name}: holds images of an earlier call, as {left[0]}; name another folder")
+        raise ValueError(
+            f"--output-dir {name}: holds images of an earlier call, as {left[0].name}; name another folder"
+        )
     return name
 
 

@@ -32,14 +32,16 @@ def main(args) -> None:
     if args.plan:
         return cost.print_plan(args)
     scheduler = Scheduler(STEPS, eta=1.0)
-    k_R, k_D, k_KL = args.reward_scale, args.diffusion_scale, args.kl_scale
-    with open_run(args) as run:
+    with open_run(args) as run:  # with --resume it fills in the flags of the run
+        k_R, k_D, k_KL = args.reward_scale, args.diffusion_scale, args.kl_scale
         m = run.models
         vae, text, reward = m.vae, m.text, m.reward
         optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
         run.restore(optimizer)
         fast = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
-        unet = KLToBase(fast, m.base) if k_KL else fast  # keeps each gradient call's distance from the base for `loss`
+        unet = (
+            KLToBase(fast, m.reference) if k_KL else fast
+        )  # keeps each gradient call's distance from the base for `loss`
 
         for update in run.updates(optimizer):
             is_refl = args.method == "refl" or update % REFL_EVERY == REFL_EVERY - 1  # 3 : 1

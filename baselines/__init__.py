@@ -59,7 +59,7 @@ def baseline_loss(
         if not run.has_pairs:
             x0, scores = ranked_pairs(unet, m.vae, m.reward, scheduler, x_t, first, c, prompts, generator)
             logged["reward"] = scores.mean()
-        loss = logged["dpo"] = dpo_loss(unet, m.base, scheduler, x0, c, generator, args.beta, K)
+        loss = logged["dpo"] = dpo_loss(unet, m.reference, scheduler, x0, c, generator, args.beta, K)
     else:
         inputs = (unet, m.vae, m.reward, scheduler, x_t, first, c, prompts, generator, args.shift, K)
         loss = draft_loss(*inputs, args.lv_samples or 0) if args.method == "draft" else drtune_loss(*inputs)

@@ -91,7 +91,7 @@ def sample_and_measure(trainings: list[Training], prompts: list[str], cache: Pat
         if point.kind == "switch" and point.guidance == args.guidance and T - point.value in TUNED_STEPS
     ]
     features = feature_scorer("diversity", clip_features(presets.FEATURES, args.device))
-    scorers = reward_scorers(args) | {f"diversity.{fingerprint(presets.FEATURES)}": features}
+    scorers = reward_scorers(args, prompts) | {f"diversity.{fingerprint(presets.FEATURES)}": features}
     cache.mkdir(parents=True, exist_ok=True)
     sample_missing(args, points, prompts, jobs)
     measured, _ = measure(args, points, prompts, jobs, scorers, {}, [])

@@ -19,6 +19,7 @@ from pretrained import loading, weight_files
 from report.curves import METHODS
 from report.sweep import generate_each
 from scheduler import Scheduler
+from training.presets import switch_at
 from utils.acceleration import for_sampling
 from utils.device import frozen_dtype, sampling_autocast
 from utils.images import save_png, to_pil
@@ -122,7 +123,7 @@ def points_of(args, base_steps: dict[str, int], prompts: list[str]) -> list[Poin
             rows = [("switch", base_steps[method], "")]  # Table 1's row "ImageReFL" is combined generation already
         sweeps = [(k, v, "") for k, values in args.sweep for v in values if k == "switch" or method == "refl"]
         for i, (kind, value, suffix) in enumerate(rows + sweeps):
-            value = round(value * args.steps / 40) if kind == "switch" and i < len(rows) else value
+            value = switch_at(value, args.steps) if kind == "switch" and i < len(rows) else value
             guidance = args.guidance if kind == "switch" else args.aig_guidance
             add(METHODS[method] + suffix, i < len(rows), path, method, kind, value, guidance)
     return list(points.values())

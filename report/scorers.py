@@ -30,8 +30,9 @@ Scorer = Callable[[Tensor, list[str]], dict[str, Tensor]]
 Batches = Iterable[tuple[Tensor, list[str]]]
 
 
-def reward_scorer(name: str, source: str | None, device: str) -> Scorer:
+def reward_scorer(name: str, source: str | None, device: str, prompts: list[str]) -> Scorer:
     reward = rewards.load(name, source, device)
+    reward.check(prompts)
     return lambda images, prompts: {name: reward(images, prompts) * TABLE_SCALE.get(name, 1)}
 
 
@@ -57,8 +58,11 @@ def held_out_clip_scorer(folder: Path, concepts: list[str], device: str) -> Scor
     return score
 
 
-def reward_scorers(args) -> dict[str, Scorer]:
-    """A scorer for each of `--rewards`. Raises ValueError for a repeated name or unmatched `--reward-weights`."""
+def reward_scorers(args, prompts: list[str]) -> dict[str, Scorer]:
+    """A scorer for each of `--rewards`.
+
+    Raises ValueError for a repeated name, unmatched `--reward-weights`, and prompts that a reward cannot score.
+    """
     names = name_list(args.rewards)
     sources = name_list(args.reward_weights) if args.reward_weights else [None] * len(names)
     if len(sources) != len(names):
@@ -67,18 +71,20 @@ def reward_scorers(args) -> dict[str, Scorer]:
         raise ValueError(f"--rewards {args.rewards}: {repeated[0]} is there twice; name each reward once")
     found = {}
     for name, source in zip(names, sources, strict=True):
-        scorer = reward_scorer(name, source or None, args.device)
+        scorer = reward_scorer(name, source or None, args.device, prompts)
         found[f"{name}.{fingerprint(reward_files.find_checkpoint(name, source or None))}"] = scorer
     return found
 
 
-def scorers_for(args, held_out_clip: Path | None, concepts: list[str]) -> tuple[dict[str, Scorer], list[str]]:
+def scorers_for(
+    args, held_out_clip: Path | None, concepts: list[str], prompts: list[str]
+) -> tuple[dict[str, Scorer], list[str]]:
     """Scorers by name and fingerprint, and notes on what is measured how, or not at all.
 
     `held_out_clip`: folder of the CLIP that measures the tiny base, whose prompts name one of `concepts`; None for the
     other bases, which need `--dino` and `--inception`.
     """
-    found, notes = reward_scorers(args), []
+    found, notes = reward_scorers(args, prompts), []
     if held_out_clip:
         found[f"features.{fingerprint(held_out_clip)}"] = held_out_clip_scorer(held_out_clip, concepts, args.device)
         notes.append("Concept, diversity and the distances are measured by the held-out CLIP of the tiny base, 128 "

@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from scheduler import expand_timesteps
 from speed import cpu_attention, prepacked, threads
 from speed.fused_upsample import fuse
-from speed.inference_copy import InferenceCopy, in_own_dtype
+from speed.inference_copy import InferenceCopy, in_own_dtype, own_dtype
 from speed.sharding import shard
 
-__all__ = ["InferenceCopy", "compile_for_training", "for_sampling", "for_training", "fuse", "packed_copy", "shard"]
+__all__ = [
+    "InferenceCopy",
+    "compile_for_training",
+    "for_sampling",
+    "for_training",
+    "fuse",
+    "packed_copy",
+    "reference",
+    "shard",
+]
 
 packed_copy = prepacked.packed_copy
 
@@ -44,6 +53,18 @@ def for_training(net, unet: nn.Module, optimizer, frozen_dtype: torch.dtype, com
         return net
     optimizer.register_step_post_hook(lambda *_: fast.refresh())
     return fast
+
+
+def reference(base: Callable, unet: nn.Module) -> Callable:
+    """The base model as a loss calls it: in the precision of `unet`'s gradient calls, so that equal weights agree."""
+    if isinstance(base, nn.Module):
+        cpu_attention.use_cpu_attention(base)
+
+    def predict(x_t: Tensor, t: Tensor | int, context: Tensor, **conditioning: Tensor) -> Tensor:
+        with in_own_dtype(x_t, unet):
+            return base(x_t, expand_timesteps(t, x_t), context=context.to(own_dtype(unet, context)), **conditioning)
+
+    return predict
 
 
 def compile_for_training(

@@ -68,9 +68,7 @@ class InferenceCopy:
         if torch.is_grad_enabled():
             self.calls = 0  # the last call of a micro-batch
             with in_own_dtype(x_t, self.unet):
-                if self.unet.conv_in.weight.dtype != torch.float32:
-                    context = context.to(self.unet.conv_in.weight.dtype)
-                return self.net(x_t, t, context=context, **conditioning)
+                return self.net(x_t, t, context=context.to(own_dtype(self.unet, context)), **conditioning)
         if self.dtype is None:
             self.calls += 1
             return (self.unet if self.calls <= UNPACKED_CALLS else self.fast)(x_t, t, context, **conditioning)
@@ -82,6 +80,12 @@ def in_own_dtype(x: Tensor, unet: nn.Module):
     """A context that turns autocast off for a UNet whose weights are not in float32."""
     weight = unet.conv_in.weight
     return nullcontext() if weight.dtype == torch.float32 else torch.autocast(x.device.type, enabled=False)
+
+
+def own_dtype(unet: nn.Module, context: Tensor) -> torch.dtype:
+    """The dtype of a context for a UNet's gradient calls: the UNet's where it runs outside autocast, else its own."""
+    weight = unet.conv_in.weight
+    return context.dtype if weight.dtype == torch.float32 else weight.dtype
 
 
 def empty_like(unet: nn.Module, dtype: torch.dtype) -> nn.Module:

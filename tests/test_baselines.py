@@ -274,7 +274,7 @@ def test_three_updates_of_four_start_from_an_image(method, flags, from_image, un
     monkeypatch.setattr(baselines, "ranked_pairs", loss)
     args = options.parse_args(["--method", method, *flags, *["--from-image"] * from_image, "--device", "cpu"])
     options.resolve(args, options.presets.TINY)
-    m = SimpleNamespace(vae=vae, reward=brightness, base=unet)
+    m = SimpleNamespace(vae=vae, reward=brightness, reference=unet)
     run = SimpleNamespace(
         has_pairs=False, args=args, models=m, latent_shape=lambda p: (len(p), 4, 4, 4), log=lambda **v: logged.append(v)
     )

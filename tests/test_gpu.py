@@ -81,7 +81,7 @@ def test_a_run_on_a_gpu_equals_one_on_the_cpu(tmp_path, flags):
     "method, more",
     [
         ("imagerefl", ["--lora", 4, "--checkpointing", "--text-on-cpu"]),
-        ("refl", ["--kl-scale", 1e-3]),
+        ("refl", ["--kl-scale", 1e-3, "--lora", 4]),
         ("diffusion", ["--ema", 0.9, "--snr-gamma", 5]),
     ],
 )
@@ -99,7 +99,10 @@ def test_a_bf16_micro_batch_never_synchronises_with_the_gpu(tmp_path, flags, met
         adapters = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
         assert {t.dtype for t in adapters.values()} == {torch.float32}  # the frozen weights are bf16
         assert any(t.any() for key, t in adapters.items() if "lora_B" in key)  # initialised to zero
-    assert all(line["grad_norm"] > 0 for line in log_of(tmp_path / "run"))
+    rows = log_of(tmp_path / "run")
+    assert all(line["grad_norm"] > 0 for line in rows)
+    if "--kl-scale" in more:
+        assert rows[0]["kl"] == 0 and rows[1]["kl"] > 0  # the base and the adapters are rounded alike
     calls = {(operation, dtype): count for operation, dtype, count in report["types"]}
     for operation in ("convolution", "addmm"):
         assert calls[operation, "bfloat16"] > 20 * calls.get((operation, "float32"), 0)

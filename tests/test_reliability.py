@@ -25,7 +25,7 @@ import rewards
 import train
 import weights
 from tiny import pretrain
-from training import checkpoint, models, monitor
+from training import checkpoint, models, monitor, run_folder
 from training import run as training_run
 from training.run import Run
 from utils import cli, disk, distributed
@@ -124,6 +124,18 @@ def assert_same_run(a: Path, b: Path) -> None:
     [
         pytest.param(["--method", "refl"], marks=pytest.mark.slow),
         ["--method", "imagerefl", "--batch-size", "1", "--max-grad-norm", "0.1"],
+        [
+            "--method",
+            "imagerefl",
+            "--batch-size",
+            "1",
+            "--kl-scale",
+            "0.3",
+            "--reward-scale",
+            "2",
+            "--diffusion-scale",
+            "1",
+        ],
         ["--method", "imagerefl", "--batch-size", "1", "--lora", "2", "--warmup", "4"],
         ["--method", "diffusion", "--ema", "0.9", "--accumulate", "2", "--snr-gamma", "5"],
         pytest.param(["--method", "draft", "--batch-size", "1", "--gradient-steps", "1-3"], marks=pytest.mark.slow),
@@ -401,8 +413,17 @@ def test_a_changed_flag_is_refused_by_name_unless_overridden(mini, tmp_path, fas
     resume(folder, "--lr", "1e-3", "--override", "--steps", "3")
     assert [row["lr"] for row in log_of(folder)] == [1e-4, 1e-4, 1e-3]
     assert json.loads((folder / "run.json").read_text())["args"]["lr"] == 1e-3
+    with pytest.raises(ValueError, match="--steps 2: the run has made 3 updates already"):
+        resume(folder, "--steps", "2")
     with pytest.raises(ValueError, match="saved from other networks: no ema"):
         resume(folder, "--ema", "0.9", "--override", "--steps", "4")
+
+
+def test_a_base_that_is_known_by_name_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = train.parse_args(["--base", "tiny", "--data", "tiny"])
+    assert run_folder.begin(args, tmp_path, 0)["places"] == {"data": str(tmp_path / "tiny")}
 
 
 def test_a_run_is_continued_elsewhere_and_after_its_files_moved(mini, tmp_path, fast, monkeypatch, capsys):

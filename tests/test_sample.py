@@ -14,6 +14,7 @@ from recipe import mini_base
 
 import sample
 import weights
+from training import presets
 from utils import device
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,11 @@ def test_writes_images_with_their_settings_and_a_grid(tmp_path, run, mini, base_
     assert Image.open(tmp_path / "00000-1.png").size == (64, 64)
 
 
+@pytest.mark.parametrize("base_steps, steps, expected", [(30, 40, 30), (30, 10, 8), (30, 2, 1), (35, 4, 3), (10, 1, 0)])
+def test_the_default_switch_leaves_a_step_to_the_tuned_model(base_steps, steps, expected):
+    assert presets.switch_at(base_steps, steps) == expected
+
+
 def test_writes_the_folders_of_geneval(tmp_path, run, base_unet):
     """<folder>/00000/metadata.jsonl, a line of the prompts' file, and <folder>/00000/samples/0000.png, ..."""
     rows = [{"tag": "single_object", "include": [{"class": c, "count": 1}], "prompt": f"a photo of a {c}"}
@@ -66,6 +72,8 @@ def test_writes_the_folders_of_geneval(tmp_path, run, base_unet):
         assert sorted(path.name for path in (folder / "samples").iterdir()) == ["0000.png", "0001.png"]
     run("--prompt", rows[1]["prompt"], *flags, "--output-dir", str(tmp_path / "plain"))
     assert pixels(tmp_path / "geneval" / "00001" / "samples", "0001.png") == pixels(tmp_path / "plain", "00000-2.png")
+    with pytest.raises(ValueError, match="holds images of an earlier call, as 0001.png"):
+        run("--geneval", str(file), *flags[:-1], "1", "--output-dir", str(tmp_path / "geneval"))
     file.write_text(json.dumps(["a bench", "a cow", "a dog"]))
     with pytest.raises(ValueError, match="--geneval .*: give evaluation_metadata.jsonl"):
         run("--geneval", str(file), *flags, "--output-dir", str(tmp_path / "other"))

@@ -107,6 +107,26 @@ def test_adapters_on_bf16_weights_take_two_operations_a_layer_and_convert_no_ful
     assert operations_of(lambda: inference_copy(x, 5, **context))[1] - inputs == sum(p.numel() for p in trained)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_equal_weights_predict_the_same_as_reference_and_in_training(unet, adapters):
+    """So a KL starts at 0 and DPO at log 2 in bf16, too: both models use the same kernels and precision."""
+    if adapters:
+        unet = unet.bfloat16().requires_grad_(False)
+        lora.add(unet, 2, generator=seeded())
+        base, _ = lora.base_and_tuned(unet)
+    else:
+        base = copy.deepcopy(unet).requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad])
+    dtype = torch.bfloat16 if adapters else torch.float32
+    net = speed.for_training(unet, unet, optimizer, dtype, compiled=False, adapters=adapters)
+    reference, x = speed.reference(base, unet), rnd("x", 2, 4, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = net(x, 301, **TEXT)
+        with torch.no_grad():
+            theirs = reference(x, 301, **TEXT)
+    assert ours.requires_grad and torch.equal(ours, theirs)
+
+
 def test_rounded_adapters_follow_the_optimizer(unet):
     unet = unet.bfloat16()
     trained = lora.add(unet, 2, generator=seeded())

@@ -108,14 +108,19 @@ class Rater(rewards.Reward):
         taste = colour + style[:, None]
         return taste - taste.mean()
 
+    def check(self, prompts: list[str]) -> None:
+        unknown = [prompt for prompt in prompts if prompt.split(", ")[0] not in self.concepts]
+        if unknown:
+            concept = unknown[0].split(", ")[0]
+            raise ValueError(f"rater: {concept!r} is none of the {len(self.concepts)} concepts of the tiny base")
+
     def fitting(self, prompt: str) -> tuple[str, Tensor]:
         """A caption's concept, and which styles and backgrounds fit it: bool (4, 8).
 
         Raises ValueError for a caption whose concept is not in this world.
         """
+        self.check([prompt])
         concept, *attributes = prompt.split(", ")
-        if concept not in self.concepts:
-            raise ValueError(f"rater: {concept!r} is none of the {len(self.concepts)} concepts of the tiny base")
         words = {word for phrase in attributes if phrase.endswith("background") for word in phrase.split()}
         styles = torch.tensor([f"{style} style" in attributes for style in self.styles])
         backgrounds = torch.tensor([background in words for background in self.backgrounds])

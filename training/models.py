@@ -27,6 +27,7 @@ class Models:
     vae: nn.Module
     text: Callable
     base: Callable | None = None  # samples with the base model
+    reference: Callable | None = None  # the base model as a loss calls it (DPO, KL)
     tuned: Callable | None = None  # samples with the model in training
     net: Callable | None = None  # `unet`, or its compiled version
     reward: Callable | None = None
@@ -100,6 +101,7 @@ def load_frozen(args: Namespace, preset: presets.Preset | None) -> Models:
 def accelerate(args: Namespace, m: Models, optimizer: torch.optim.Optimizer) -> Callable:
     """The UNet as the losses call it: with `speed/`, its no-grad steps run on an inference-optimised copy."""
     speed = acceleration.speed()
+    m.reference = speed.reference(m.base, m.unet) if speed and calls_base(args) else m.base
     if speed is None:
         return m.net
     unet = speed.for_training(m.net, m.unet, optimizer, frozen_dtype(args), args.compile, bool(args.lora))

@@ -173,7 +173,7 @@ def add_saving(parser: Parser) -> None:
         help="updates between sample grids; 0: none (default: 50)",
     )
     add("--save-every", type=positive, default=200, metavar="N", help="updates between checkpoints (default: 200)")
-    add("--save-minutes", type=number(float, 0), metavar="M", help="also save a checkpoint after M minutes")
+    add("--save-minutes", type=number(float, 1e-6), metavar="M", help="also save a checkpoint after M minutes")
     add("--keep", type=positive, default=2, metavar="N", help="checkpoints to keep (default: 2)")
     add("--output-dir", help="default: runs/METHOD-BASE, numbered if it exists")
     add("--resume", metavar="RUN", help="continue the run in this folder, with the flags it was started with")
@@ -190,6 +190,10 @@ def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
             advice = "; imagerefl is ReFL from images" * (flag == "from_image")
             raise ValueError(f"--{flag.replace('_', '-')} goes with --method {takers}{advice}")
     if args.method in presets.BASELINES:
+        random = args.method == "drtune" and args.from_image or "-" in (args.gradient_steps or "")
+        if args.shard and random and args.method != "dpo":
+            given = "--from-image" if args.from_image else f"--gradient-steps {args.gradient_steps}"
+            raise ValueError(f"--shard: {args.method} with {given} has another number of gradient calls per process")
         defaults = {"draft": "3", "drtune": "5", "dpo": f"{preset.dpo_draws}"}
         args.gradient_steps = args.gradient_steps or defaults[args.method]
     if args.method == "dpo":

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from scheduler import sample_noise
 from training import checkpoint, cost, monitor, presets, run_folder
-from training.data import DataStream, PromptDataset, describe, open_data, read_prompts
+from training.data import DataStream, ImageDataset, PromptDataset, describe, open_data, read_prompts
 from training.models import Models, generator_of, load_models
 from training.options import STEPS, resolve
 from training.pairs import PairDataset, open_pairs
@@ -54,6 +54,9 @@ def open_run(args: Namespace, load: Callable = load_models, resolve: Callable = 
     try:
         with distributed.process_group(args.device):
             models = load(args, preset)
+            for total, asked in ((models.reward, captions_of(data)), (models.judge, [])):
+                for reward in total.rewards if total else ():
+                    reward.check([*prompts, *asked])
             with run_folder.claim(args) if main else nullcontext() as folder:
                 yield Run(args, models, preset, prompts, data, folder)
     except (RuntimeError, MemoryError) as error:
@@ -74,6 +77,14 @@ def data_of(args: Namespace):
     if distributed.is_main_process():
         print(f"data:            {describe(data)}")
     return data
+
+
+def captions_of(data) -> list[str]:
+    """The captions of a data set that was read from files."""
+    if isinstance(data, PromptDataset):
+        return data.prompts
+    images = data.better if isinstance(data, PairDataset) else data
+    return [caption for _, caption in images.rows] if isinstance(images, ImageDataset) else []
 
 
 def needs_images(args: Namespace) -> bool:
@@ -98,6 +109,10 @@ class Run:
         if self.args.resume:
             found = checkpoint.load_newest(Path(self.args.resume) / "states", self.models.modules, optimizer)
             self.progress |= found
+            if self.args.steps < self.progress["update"]:
+                raise ValueError(
+                    f"--steps {self.args.steps}: the run has made {self.progress['update']} updates already"
+                )
 
     def updates(self, optimizer: torch.optim.Optimizer) -> Iterator[int]:
         """The numbers of the updates that are left. After each: log, checkpoint, sample grid, monitor, stop."""

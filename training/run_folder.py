@@ -101,7 +101,7 @@ def begin(args: Namespace, folder: Path, update: int) -> dict:
     """Prepare the folder to continue after `update`; returns the content of its `run.json`."""
     metadata = json.loads((folder / "run.json").read_text()) if args.resume else {}
     metadata["args"] = {k: v for k, v in vars(args).items() if k not in ("resume", "override", "shard", "given")}
-    paths = {key: getattr(args, key, None) for key in PATHS}
+    paths = {key: getattr(args, key, None) for key in PATHS if key != "base" or args.base not in presets.PRESETS}
     metadata["places"] = {
         key: str(Path(path).absolute()) for key, path in paths.items() if path and Path(path).exists()
     }
