@@ -69,6 +69,8 @@ def load_models(args: Namespace, preset: presets.Preset) -> Models:
     if args.shard:
         speed.shard(m.unet)
         m.parameters = list(m.unet.parameters())
+    if calls_base(args):
+        m.reference = speed.reference(m.base, m.unet) if speed else m.base
     m.modules = {"unet": nn.ParameterList(m.parameters) if args.lora else m.unet}
     return m
 
@@ -101,7 +103,6 @@ def load_frozen(args: Namespace, preset: presets.Preset | None) -> Models:
 def accelerate(args: Namespace, m: Models, optimizer: torch.optim.Optimizer) -> Callable:
     """The UNet as the losses call it: with `speed/`, its no-grad steps run on an inference-optimised copy."""
     speed = acceleration.speed()
-    m.reference = speed.reference(m.base, m.unet) if speed and calls_base(args) else m.base
     if speed is None:
         return m.net
     unet = speed.for_training(m.net, m.unet, optimizer, frozen_dtype(args), args.compile, bool(args.lora))
