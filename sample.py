@@ -56,9 +56,7 @@ def main(args: Namespace) -> None:
     phases = [scheduler.steps[:switch], scheduler.steps[switch:]]  # one model is in memory in each
 
     for number, line in enumerate(args.geneval_lines):
-        disk.write_text(
-            image_path(Path(args.output_dir), number, 0, args).parent.parent / "metadata.jsonl", line + "\n"
-        )
+        disk.write_text(geneval_folder(Path(args.output_dir), number) / "metadata.jsonl", line + "\n")
     jobs = [(prompt, args.seed + k) for prompt in args.prompts for k in range(n)]
     batches = [jobs[at : at + args.batch_size] for at in range(0, len(jobs), args.batch_size)]
     output, done, shown = Path(args.output_dir), 0, []
@@ -130,10 +128,15 @@ def resolve(args: Namespace) -> list[float]:
         raise ValueError(f"--switch {args.switch}: {error}") from None
 
 
+def geneval_folder(output: Path, number: int) -> Path:
+    """The folder of a prompt that GenEval's scorer reads."""
+    return output / f"{number:05d}"
+
+
 def image_path(output: Path, number: int, k: int, args: Namespace) -> Path:
-    """The file of the k-th image of a prompt; with --geneval in the folders that GenEval's scorer reads."""
+    """The file of the k-th image of a prompt."""
     if args.geneval:
-        return output / f"{number:05d}" / "samples" / f"{k:04d}.png"
+        return geneval_folder(output, number) / "samples" / f"{k:04d}.png"
     return output / f"{number:05d}-{args.seed + k}.png"
 
 
