@@ -1,7 +1,7 @@
 """Make the pictures of the documents from the tiny base and four runs.
 
 python train.py --method imagerefl
-python train.py --method refl --reward tiny
+python train.py --method refl
 python train.py --reward tiny --steps 56 --output-dir runs/collapsed
 python train.py --reward tiny --steps 52 --kl-scale 3e-4 --output-dir runs/held
 python docs/make_pictures.py       # docs/main.png, docs/results/collapse.png, tiny/sheet.png
@@ -47,7 +47,7 @@ def main() -> None:
         "base model": (None, 40),
         "ImageReFL, --switch 30": (f"{RUNS}/imagerefl-tiny", 30),
         "ImageReFL alone": (f"{RUNS}/imagerefl-tiny", 0),
-        "ReFL on a learned reward, --switch 10": (f"{RUNS}/refl-tiny", 10),
+        "ReFL, --switch 10": (f"{RUNS}/refl-tiny", 10),
         "ReFL alone": (f"{RUNS}/refl-tiny", 0),
     }
     compare(main_rows, ["octopus", "fox", "strawberry", "butterfly"], ROOT / "docs" / "main.png")
