@@ -257,6 +257,7 @@ def row_of(args, name: str) -> Row:
     sd15, sdxl = (sizes.unet, sizes.unet) if args.sizes == "tiny" else (unets.SD15, unets.SDXL)
     return {
         "unet-sd15": lambda: forward(args, sizes, sd15, sizes.side_sd15),
+        "unet-sd15-large": lambda: forward(args, sizes, sd15, 2 * sizes.side_sd15),  # on a CPU 512 pixels
         "unet-sdxl": lambda: forward(args, sizes, sdxl, sizes.side_sdxl),
         "decode": lambda: decode(args, sizes),
         "sample": lambda: sample(args, sizes, 1.0),

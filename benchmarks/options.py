@@ -6,7 +6,7 @@ from pathlib import Path
 from utils.cli import Parser, number, positive
 
 RESULTS = Path(__file__).parent / "results"
-WORK = ("unet-sd15", "unet-sdxl", "decode", "sample", "sample-guided", "refl", "imagerefl")
+WORK = ("unet-sd15", "unet-sd15-large", "unet-sdxl", "decode", "sample", "sample-guided", "refl", "imagerefl")
 ENGINES = ("openvino", "onnxruntime", "inductor")
 SIZES = ("tiny", "cpu", "gpu")
 GROUPS = "abcdef"

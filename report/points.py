@@ -14,12 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from combined import aig_weights, combined_weights
+from combined import aig_weights, combined_weights, switch_at
 from pretrained import loading, weight_files
 from report.curves import METHODS
 from report.sweep import generate_each
 from scheduler import Scheduler
-from training.presets import switch_at
 from utils.acceleration import for_sampling
 from utils.device import frozen_dtype, sampling_autocast
 from utils.images import save_png, to_pil

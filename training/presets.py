@@ -52,11 +52,6 @@ def switches(refl: int, imagerefl: int) -> dict[str, int]:
     return dict.fromkeys(("refl", "drtune", "dpo"), refl) | dict.fromkeys(late, imagerefl)
 
 
-def switch_at(base_steps: int, steps: int) -> int:
-    """`base_steps` of 40 for a sampler with `steps` steps. The tuned model takes one step at least."""
-    return min(round(base_steps * steps / 40), steps - 1)
-
-
 TINY = Preset(
     resolution=64,
     reward=TINY_REWARDS[0],
