@@ -26,16 +26,21 @@ __all__ = [
     "shard",
 ]
 
-packed_copy = prepacked.packed_copy
-
-
 def for_sampling(network: nn.Module, compiled: bool = False) -> nn.Module:
     """Make a network that needs no gradients faster, in place: packed on a CPU, fused or compiled on a GPU."""
     if compiled:  # dynamic=False: one graph per batch size, since dynamic ones give up channels_last
         prepacked.prepare_for_compile(network).compile(dynamic=False)
         return network
     network.register_forward_pre_hook(threads.follow_load)
+    cpu_attention.use_cpu_attention(network, cpu_attention.long_attention)
     return prepacked.prepack(network)
+
+
+def packed_copy(network: nn.Module) -> nn.Module:
+    """A copy that computes as after `for_sampling` on a CPU, and shares its weights with `network`."""
+    copy = prepacked.packed_copy(network)
+    cpu_attention.use_cpu_attention(copy, cpu_attention.long_attention)
+    return copy
 
 
 def for_training(net, unet: nn.Module, optimizer, frozen_dtype: torch.dtype, compiled: bool, adapters: bool):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from recipe import GOLDEN, filled, golden, golden_config, rnd
 
 from pretrained.configs import unet_config, unet_dict
+from speed import cpu_attention
 from speed.cpu_attention import attention
 from unet import SD15, SDXL, TINY, UNet
 
@@ -99,6 +100,22 @@ def test_checkpointing_changes_no_gradient():
         unet(g["sample"], **inputs).square().mean().backward()
         gradients.append(unet.conv_in.weight.grad.clone())
     assert torch.allclose(*gradients, atol=1e-7)
+
+
+def test_attention_head_by_head_equals_fused_attention(monkeypatch):
+    """For many tokens in bf16 without gradients; two images, a last chunk that is not full, other keys than queries."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(cpu_attention, "CHUNK", 500)
+    exact = [
+        rnd(name, 2, n, 3 * 8).view(2, n, 3, 8).transpose(1, 2) for name, n in (("q", 1100), ("k", 1024), ("v", 1024))
+    ]
+    ours = [t.bfloat16() for t in exact]
+    fused = F.scaled_dot_product_attention(*ours)
+    output, expected = cpu_attention.long_attention(*ours), F.scaled_dot_product_attention(*exact)
+    assert not torch.equal(output, fused) and output.shape == fused.shape
+    assert (output - expected).norm() <= 3 * (fused - expected).norm()
+    for inputs in (exact, [t.requires_grad_() for t in ours], [t[:, :, :1000].detach() for t in ours]):
+        assert torch.equal(cpu_attention.long_attention(*inputs), F.scaled_dot_product_attention(*inputs))
 
 
 def test_attention_for_few_tokens_in_bf16_equals_fused_attention():
