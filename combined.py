@@ -24,8 +24,8 @@ def combined_weights(steps: int, base_steps: int) -> list[float]:
     return [0.0 if t > T_prime else 1.0 for t in range(T, 0, -1)]  # Eq. (3)
 
 
-def switch_at(base_steps: int, steps: int) -> int:
-    """`base_steps` of 40 for a sampler with `steps` steps; the tuned model takes at least one."""
+def rescale_switch(base_steps: int, steps: int) -> int:
+    """`base_steps` of 40 steps, as a number of `steps` steps. The tuned model takes at least one."""
     return min(round(base_steps * steps / 40), steps - 1)
 
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from combined import aig_weights, cfg, combine, combined_weights, conditional, initial_noise, switch_at
+from combined import aig_weights, cfg, combine, combined_weights, conditional, initial_noise, rescale_switch
 from pretrained.loading import (
     check_resolution,
     load_text,
@@ -99,7 +99,7 @@ def resolve(args: Namespace) -> list[float]:
     if args.switch is None:
         method = known.get("method")
         switch = preset.switch.get(method, 0 if method == "diffusion" else preset.switch["imagerefl"])
-        args.switch = switch_at(switch, args.steps)
+        args.switch = rescale_switch(switch, args.steps)
     if args.guidance is None:
         args.guidance = preset.guidance if args.aig is None else 1.0  # the official AIG guides neither model
     args.device = choose_device(args.device)

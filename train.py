@@ -39,9 +39,7 @@ def main(args) -> None:
         optimizer = torch.optim.AdamW(m.parameters, args.lr, eps=ADAM_EPS, weight_decay=args.weight_decay, fused=True)
         run.restore(optimizer)
         fast = accelerate(args, m, optimizer)  # its no-grad steps run on an inference copy: the same numbers, faster
-        unet = (
-            KLToBase(fast, m.reference) if k_KL else fast
-        )  # keeps each gradient call's distance from the base for `loss`
+        unet = KLToBase(fast, m.reference) if k_KL else fast  # collects the terms of L_KL as it is called
 
         for update in run.updates(optimizer):
             is_refl = args.method == "refl" or update % REFL_EVERY == REFL_EVERY - 1  # 3 : 1

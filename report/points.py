@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from combined import aig_weights, combined_weights, switch_at
+from combined import aig_weights, combined_weights, rescale_switch
 from pretrained import loading, weight_files
 from report.curves import METHODS
 from report.sweep import generate_each
@@ -122,7 +122,7 @@ def points_of(args, base_steps: dict[str, int], prompts: list[str]) -> list[Poin
             rows = [("switch", base_steps[method], "")]  # Table 1's row "ImageReFL" is combined generation already
         sweeps = [(k, v, "") for k, values in args.sweep for v in values if k == "switch" or method == "refl"]
         for i, (kind, value, suffix) in enumerate(rows + sweeps):
-            value = switch_at(value, args.steps) if kind == "switch" and i < len(rows) else value
+            value = rescale_switch(value, args.steps) if kind == "switch" and i < len(rows) else value
             guidance = args.guidance if kind == "switch" else args.aig_guidance
             add(METHODS[method] + suffix, i < len(rows), path, method, kind, value, guidance)
     return list(points.values())

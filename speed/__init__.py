@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scheduler import expand_timesteps
 from speed import cpu_attention, prepacked, threads
 from speed.fused_upsample import fuse
-from speed.inference_copy import InferenceCopy, in_own_dtype, own_dtype
+from speed.inference_copy import InferenceCopy, call_in_own_dtype
 from speed.sharding import shard
 
 __all__ = [
@@ -26,21 +26,16 @@ __all__ = [
     "shard",
 ]
 
+packed_copy = prepacked.packed_copy
+
+
 def for_sampling(network: nn.Module, compiled: bool = False) -> nn.Module:
     """Make a network that needs no gradients faster, in place: packed on a CPU, fused or compiled on a GPU."""
     if compiled:  # dynamic=False: one graph per batch size, since dynamic ones give up channels_last
         prepacked.prepare_for_compile(network).compile(dynamic=False)
         return network
     network.register_forward_pre_hook(threads.follow_load)
-    cpu_attention.use_cpu_attention(network, cpu_attention.long_attention)
     return prepacked.prepack(network)
-
-
-def packed_copy(network: nn.Module) -> nn.Module:
-    """A copy that computes as after `for_sampling` on a CPU, and shares its weights with `network`."""
-    copy = prepacked.packed_copy(network)
-    cpu_attention.use_cpu_attention(copy, cpu_attention.long_attention)
-    return copy
 
 
 def for_training(net, unet: nn.Module, optimizer, frozen_dtype: torch.dtype, compiled: bool, adapters: bool):
@@ -66,8 +61,7 @@ def reference(base: Callable, unet: nn.Module) -> Callable:
         cpu_attention.use_cpu_attention(base)
 
     def predict(x_t: Tensor, t: Tensor | int, context: Tensor, **conditioning: Tensor) -> Tensor:
-        with in_own_dtype(x_t, unet):
-            return base(x_t, expand_timesteps(t, x_t), context=context.to(own_dtype(unet, context)), **conditioning)
+        return call_in_own_dtype(base, unet, x_t, expand_timesteps(t, x_t), context, **conditioning)
 
     return predict
 
@@ -95,8 +89,7 @@ def compile_for_training(
     pairs = {"autoencoder": (vae.decode, decode, [x])}
 
     def predict(x: Tensor, f: Callable) -> Tensor:
-        with in_own_dtype(x, unet):
-            return f(x.detach(), t, **c)
+        return call_in_own_dtype(f, unet, x.detach(), t, **c)
 
     pairs["UNet"] = (functools.partial(predict, f=unet), functools.partial(predict, f=net), parameters)
     for name, (eager, compiled, inputs) in pairs.items():

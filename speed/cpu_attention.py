@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unet import Attention
 
 SHORT = 256**2  # queries times keys up to which plain matrix products are faster
-LONG, CHUNK = 1024, 512  # tokens from which `long_attention` is faster without AMX, queries of a chunk
+LONG, CHUNK = 1024, 512  # tokens from which attention head by head is faster; queries per chunk
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -24,9 +24,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def long_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same without gradients, for many tokens: head by head, so that a chunk of the product stays in the cache.
+    """Attention without gradients; of many tokens head by head, so that a chunk of the product stays in the cache.
 
-    With AMX the fused kernel is faster.
+    Only without AMX, where it was measured.
     """
     long = min(q.shape[2], k.shape[2]) >= LONG and q.is_cpu and q.dtype == torch.bfloat16
     if not long or q.requires_grad or torch.cpu._is_amx_tile_supported():

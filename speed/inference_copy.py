@@ -5,8 +5,6 @@ the copy is rounded once per update, runs entirely in bf16, and compiles to a gr
 autocast predicts, to the rounding of bf16. On a CPU the copy shares the weights, packed once per update.
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
@@ -67,8 +65,7 @@ class InferenceCopy:
         t = expand_timesteps(t, x_t)
         if torch.is_grad_enabled():
             self.calls = 0  # the last call of a micro-batch
-            with in_own_dtype(x_t, self.unet):
-                return self.net(x_t, t, context=context.to(own_dtype(self.unet, context)), **conditioning)
+            return call_in_own_dtype(self.net, self.unet, x_t, t, context, **conditioning)
         if self.dtype is None:
             self.calls += 1
             return (self.unet if self.calls <= UNPACKED_CALLS else self.fast)(x_t, t, context, **conditioning)
@@ -76,16 +73,13 @@ class InferenceCopy:
             return self.fast(x_t, t, context.to(self.dtype), **conditioning)
 
 
-def in_own_dtype(x: Tensor, unet: nn.Module):
-    """A context that turns autocast off for a UNet whose weights are not in float32."""
-    weight = unet.conv_in.weight
-    return nullcontext() if weight.dtype == torch.float32 else torch.autocast(x.device.type, enabled=False)
-
-
-def own_dtype(unet: nn.Module, context: Tensor) -> torch.dtype:
-    """The dtype of a context for a UNet's gradient calls: the UNet's where it runs outside autocast, else its own."""
-    weight = unet.conv_in.weight
-    return context.dtype if weight.dtype == torch.float32 else weight.dtype
+def call_in_own_dtype(net, unet: nn.Module, x_t: Tensor, t, context: Tensor, **conditioning: Tensor) -> Tensor:
+    """Call `net` as training does: with the weights of `unet` not in float32, in their dtype and outside autocast."""
+    dtype = unet.conv_in.weight.dtype
+    if dtype == torch.float32:
+        return net(x_t, t, context=context, **conditioning)
+    with torch.autocast(x_t.device.type, enabled=False):
+        return net(x_t, t, context=context.to(dtype), **conditioning)
 
 
 def empty_like(unet: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -13,6 +13,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from speed.cpu_attention import long_attention, use_cpu_attention
 from speed.fused_upsample import FusedUpsample, fuse, fused_kernel
 from unet import Pointwise, TransformerBlock, Upsample
 
@@ -112,6 +113,7 @@ def prepack(network: nn.Module, keep: bool = False) -> nn.Module:
     """
     on_x86_cpu = all(p.is_cpu for p in network.parameters()) and platform.machine() in ("x86_64", "AMD64")
     if on_x86_cpu and torch.backends.mkldnn.is_available():
+        use_cpu_attention(network, long_attention)
         prepack_children(network, keep)
     else:
         fuse(network)

@@ -14,7 +14,7 @@ from recipe import mini_base
 
 import sample
 import weights
-from combined import switch_at
+from combined import rescale_switch
 from utils import device
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def test_writes_images_with_their_settings_and_a_grid(tmp_path, run, mini, base_
 
 @pytest.mark.parametrize("base_steps, steps, expected", [(30, 40, 30), (30, 10, 8), (30, 2, 1), (35, 4, 3), (10, 1, 0)])
 def test_the_default_switch_leaves_a_step_to_the_tuned_model(base_steps, steps, expected):
-    assert switch_at(base_steps, steps) == expected
+    assert rescale_switch(base_steps, steps) == expected
 
 
 def test_writes_the_folders_of_geneval(tmp_path, run, base_unet):

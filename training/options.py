@@ -190,10 +190,10 @@ def resolve_baseline(args: Namespace, preset: presets.Preset) -> None:
             advice = "; imagerefl is ReFL from images" * (flag == "from_image")
             raise ValueError(f"--{flag.replace('_', '-')} goes with --method {takers}{advice}")
     if args.method in presets.BASELINES:
-        random = args.method == "drtune" and args.from_image or "-" in (args.gradient_steps or "")
-        if args.shard and random and args.method != "dpo":
-            given = "--from-image" if args.from_image else f"--gradient-steps {args.gradient_steps}"
-            raise ValueError(f"--shard: {args.method} with {given} has another number of gradient calls per process")
+        varying = ["--from-image"] * (args.method == "drtune" and args.from_image)
+        varying += [f"--gradient-steps {args.gradient_steps}"] * ("-" in (args.gradient_steps or ""))
+        if args.shard and varying and args.method != "dpo":
+            raise ValueError(f"--shard needs as many gradient calls in each process; leave out {varying[0]}")
         defaults = {"draft": "3", "drtune": "5", "dpo": f"{preset.dpo_draws}"}
         args.gradient_steps = args.gradient_steps or defaults[args.method]
     if args.method == "dpo":
